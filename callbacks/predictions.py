@@ -1,0 +1,86 @@
+"""What `trainer.predict` returns, as JSON lines."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from ._shared import gather_objects, json_safe, write_atomically
+
+Keyed = tuple[int, int, int, str]  # data loader, position in its data set, row of that sample, JSON line
+
+
+class JSONLinesWriter(BasePredictionWriter):
+    """Write the columns that `predict_step` returns, one JSON object a line, in the order of the data.
+
+    Rows are gathered from all ranks and written once by rank zero, to a temporary file that then takes the final name:
+    the file is whole or absent. Samples that a distributed sampler repeats to fill its last round are written once.
+
+    Args:
+        filename: name of the file in the trainer's `default_root_dir`.
+    """
+
+    def __init__(self, filename: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.filename = filename
+        self._rows: list[Keyed] = []
+        self._seen: dict[int, int] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._rows, self._seen = [], {}
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        lines = json_lines(prediction)
+        if not batch_indices or len(lines) % len(batch_indices):
+            # Loaders without a batch sampler hide their indices: take it that sample i went to rank i % world.
+            start = self._seen.get(dataloader_idx, 0)
+            batch_indices = [(start + i) * trainer.world_size + trainer.global_rank for i in range(len(lines))]
+            self._seen[dataloader_idx] = start + len(lines)
+        per_sample = max(1, len(lines) // max(1, len(batch_indices)))
+        self._rows += [
+            (dataloader_idx, batch_indices[i // per_sample], i % per_sample, line) for i, line in enumerate(lines)
+        ]
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parts = gather_objects(self._rows)
+        self._rows = []
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / self.filename
+        lines = in_data_order(parts)
+        write_atomically(path, "".join(line + "\n" for line in lines))
+        print(f"{len(lines)} predictions in {path}")
+
+
+def json_lines(prediction: Any) -> list[str]:
+    """A dict of equally long columns as JSON lines."""
+    if not isinstance(prediction, dict):
+        raise ValueError(
+            f"`predict_step` must return a dict of columns to be written, but returned {type(prediction)}."
+        )
+    columns = {name: json_safe(column) for name, column in prediction.items()}
+    return [
+        json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False)
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def in_data_order(parts: list[list[Keyed]]) -> list[str]:
+    """Merge the rows of all ranks by their place in the data; a sample that came twice stays once."""
+    lines: dict[tuple[int, int, int], str] = {}
+    for part in parts:
+        for *place, line in part:
+            lines.setdefault(tuple(place), line)
+    return [lines[place] for place in sorted(lines)]

@@ -1,0 +1,129 @@
+"""Preference pairs: of two answers to a prompt, which one people chose.
+
+Run as: lightning-rlhf fit --config dpo.yaml --data.data FILE
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .base import Fate, TextDataModule
+from .sources import Source, find_column, select_roles
+from .text import (
+    Encoded,
+    Text,
+    as_number,
+    check_text,
+    encode_completion,
+    pad,
+    pad_id,
+    padding_mask,
+    render,
+    split_pair,
+    surely_fits,
+)
+
+
+class PreferenceDataModule(TextDataModule):
+    """Rows of chosen and rejected, as text or as chat messages, with or without a prompt column.
+
+    Without a prompt, what chosen and rejected begin with in common is the prompt: whole messages, or text up to the end
+    of the last common word.
+
+    A batch, padded on the right: `input_ids` (2B, L) int64, the B chosen first, then the B rejected, so that one
+    forward pass serves both; `attention_mask` (2B, L) int64; `loss_mask` (2B, L) bool, True at the completion with its
+    EOS; `margin` (B,) float32, by how much chosen is better, 0 where the data does not say.
+
+    Args:
+        data: Training data: a hub id, a .jsonl, .json, .csv or .parquet file, a folder of those, `vader:NAME` or a
+            datasets object; see `TextDataModule`.
+        prompt_column: Column of prompts; None looks for prompt, input, query, question, instruction.
+        chosen_column: Column of the better answers; None looks for chosen.
+        rejected_column: Column of the worse answers; None looks for rejected.
+        margin_column: Column of numbers that say how much better; None looks for margin.
+        **kwargs: The other arguments of `TextDataModule`.
+    """
+
+    def __init__(
+        self,
+        data: Source,
+        prompt_column: str | None = None,
+        chosen_column: str | None = None,
+        rejected_column: str | None = None,
+        margin_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data, **kwargs)
+        self.flags = {
+            "chosen": chosen_column,
+            "rejected": rejected_column,
+            "prompt": prompt_column,
+            "margin": margin_column,
+        }
+
+    def select(self, dataset: Dataset, where: str) -> Dataset:
+        required = ("chosen", "rejected")
+        return select_roles(
+            dataset,
+            {role: find_column(dataset, role, flag, where, role in required) for role, flag in self.flags.items()},
+        )
+
+    def check_row(self, row: dict[str, Any]) -> None:
+        chosen, rejected = check_text(row["chosen"], "chosen"), check_text(row["rejected"], "rejected")
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise ValueError("chosen and rejected must both be text or both be lists of messages")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same, which says nothing; delete the row")
+        if "prompt" in row:
+            prompt = check_text(row["prompt"], "prompt", allow_empty=True)
+            if isinstance(chosen, str) and not isinstance(prompt, str):
+                raise ValueError("prompt is a list of messages while chosen and rejected are text; make them alike")
+        _, chosen, rejected = pair(row)
+        check_text(chosen, "chosen, after the common prompt,")
+        check_text(rejected, "rejected, after the common prompt,")
+        if "margin" in row:
+            as_number(row["margin"], "margin")
+
+    def identity(self, row: dict[str, Any]) -> Any:
+        return pair(row)[0] or row  # all pairs of one prompt on the same side
+
+    def measure(self, row: dict[str, Any]) -> Fate:
+        prompt, chosen, rejected = pair(row)
+        texts = ["".join(render(self.tokenizer, prompt, answer)[:2]) for answer in (chosen, rejected)]
+        if all(surely_fits(text, self.max_length) for text in texts):
+            return Fate(cut=False, kept=True)
+        both = encode(row, self.tokenizer, None)
+        ends = [encoded.ids[: self.max_length] for encoded in both]
+        learnable = all(any(encoded.loss_mask[: self.max_length]) for encoded in both)
+        return Fate(cut=any(len(x.ids) > self.max_length for x in both), kept=learnable and ends[0] != ends[1])
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return partial(collate, tokenizer=self.tokenizer, max_length=self.max_length)
+
+
+def pair(row: dict[str, Any]) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a row."""
+    return split_pair(row.get("prompt"), row["chosen"], row["rejected"])
+
+
+def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[Encoded, Encoded]:
+    """Chosen and rejected, each after the prompt and with its EOS."""
+    prompt, *answers = pair(row)
+    chosen, rejected = (encode_completion(tokenizer, prompt, answer, max_length, append_eos=True) for answer in answers)
+    return chosen, rejected
+
+
+def collate(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Tensor]:
+    """Rows to a batch; see `PreferenceDataModule`."""
+    chosen, rejected = zip(*[encode(row, tokenizer, max_length) for row in rows], strict=True)
+    ids, loss_masks = zip(*chosen, *rejected, strict=True)
+    return {
+        "input_ids": pad(ids, "right", pad_id(tokenizer)),
+        "attention_mask": padding_mask(ids, "right").long(),
+        "loss_mask": pad(loss_masks, "right", False),
+        "margin": pad([[as_number(row.get("margin", 0), "margin")] for row in rows], "right", 0.0)[:, 0],
+    }

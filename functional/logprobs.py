@@ -1,0 +1,113 @@
+"""From logits to what the losses use: log-probabilities of tokens, and entropy.
+
+Both work row by row, so that the float32 copies of half-precision logits are one row (T, V) large, not (B, T, V).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._tensors import upcast
+
+
+def _over_vocabulary(function: Callable[[Tensor], Tensor], logits: Tensor, temperature: float) -> Tensor:
+    """Apply a function (..., V) -> (...) to logits / temperature, one row of the first dimension at a time."""
+    if temperature <= 0:
+        raise ValueError(f"`temperature` must be positive, but is {temperature}.")
+    if logits.dim() < 3 or len(logits) == 0:
+        return function(upcast(logits) / temperature)
+    return torch.stack([function(upcast(row) / temperature) for row in logits])
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token under the policy at a temperature.
+
+    logprobs = z[token] − log Σ_v exp(z[v]),  z = logits / temperature
+
+    Args:
+        logits: (..., V); logits[:, t] predicts tokens[:, t], so shift before the call.
+        tokens: token ids, valid ones under the mask too, (...).
+        temperature: that of sampling, also in training: 0.7 to 1.
+
+    Returns:
+        float32 (float64 for float64 logits), (...).
+
+    Raises:
+        ValueError: if the shapes do not fit or the temperature is not positive.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+        >>> token_logprobs(logits, torch.tensor([1, 0])).exp()
+        tensor([0.7500, 0.5000])
+    """
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"`tokens` must have the shape of `logits` without its last dimension, {tuple(logits.shape[:-1])}, "
+            f"but has {tuple(tokens.shape)}."
+        )
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (...)
+    return upcast(chosen) / temperature - _over_vocabulary(lambda z: z.logsumexp(dim=-1), logits, temperature)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of the policy at a temperature.
+
+    H = −Σ_v π(v) log π(v),  π = softmax(logits / temperature)
+
+    Args:
+        logits: (..., V); -inf (or the lowest float) for tokens that cannot come is fine.
+        temperature: that of sampling: 0.7 to 1.
+
+    Returns:
+        between 0 and log V, (...).
+
+    Raises:
+        ValueError: if the temperature is not positive.
+
+    Example:
+        >>> import torch
+        >>> entropy(torch.tensor([0.0, 0.0, -torch.inf]))
+        tensor(0.6931)
+    """
+    return _over_vocabulary(_entropy, logits, temperature)
+
+
+def _entropy(z: Tensor) -> Tensor:
+    logprobs = z.log_softmax(dim=-1)
+    # 0 · log 0 = 0: the log is replaced, not the product, or the gradient would be 0 · -inf = NaN.
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(dim=-1)
+
+
+def forbid_tokens(logits: Tensor, token_ids: Sequence[int], first: int) -> Tensor:
+    """Logits of the policy that cannot say some tokens at the first positions.
+
+    With the EOS ids and `first=min_new_tokens`, a minimum length is part of the policy itself: sampling, ratio, KL and
+    entropy all see the same distribution.
+
+    Args:
+        logits: logits[:, t] predicts response token t, (B, T, V).
+        token_ids: the tokens to forbid.
+        first: at how many positions; nothing is forbidden if it is 0 or less.
+
+    Returns:
+        a copy with -inf for the tokens (the logits themselves if nothing is forbidden), (B, T, V).
+
+    Raises:
+        ValueError: if an id is not in the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> forbid_tokens(torch.zeros(1, 2, 3), token_ids=[2], first=1)
+        tensor([[[0., 0., -inf],
+                 [0., 0., 0.]]])
+    """
+    T, V = logits.shape[-2:]
+    if first <= 0 or len(token_ids) == 0:
+        return logits
+    if min(token_ids) < 0 or max(token_ids) >= V:
+        raise ValueError(f"`token_ids` must lie between 0 and {V - 1}, but are {list(token_ids)}.")
+    forbidden = torch.zeros(T, V, dtype=torch.bool, device=logits.device)
+    forbidden[:first, list(token_ids)] = True
+    return logits.masked_fill(forbidden, -torch.inf)

@@ -1,0 +1,207 @@
+"""Language models and scalar heads: loading, LoRA, freezing, and the two ways a network is read.
+
+A *causal LM* is read at the response positions (`response_outputs`), a *scorer* at the last token for a reward or at
+every token for values (`Scorer`).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from ..functional import last_index, position_ids
+from ..pretrained import load_config, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_causal_lm(spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a spec (see `lightning_rlhf.pretrained`), dropout off, in `dtype`."""
+    if isinstance(spec, PreTrainedModel):
+        return spec.to(DTYPES[dtype])
+    return AutoModelForCausalLM.from_pretrained(
+        resolve(spec),
+        config=load_config(spec, trust_remote_code),
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, target_modules: str | list[str]) -> PeftModel:
+    """`model` frozen, with trainable LoRA adapters (float32 whatever the model's dtype).
+
+    Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685; the work is peft's.
+    """
+    has_head = hasattr(model, "score")  # a scalar head is trained whole
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=target_modules, exclude_modules=["score"] if has_head else None
+    )
+    adapted = get_peft_model(model, config)
+    if has_head:
+        model.score.requires_grad_(True)
+    return adapted
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The Hugging Face model itself; LoRA layers stay inside it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A model without adapters that computes the same; the given one is left as it is."""
+    if not isinstance(model, PeftModel):
+        return model
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def frozen_reference(model: PreTrainedModel | PeftModel) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """The policy as it is now, as a context manager: the adapter switched off, or a frozen copy.
+
+    The copy lives in a closure, not in the module tree: it is in no optimizer, no checkpoint and no DDP bucket.
+    """
+    if isinstance(model, PeftModel):
+
+        @contextmanager
+        def adapter_off() -> Iterator[nn.Module]:
+            with model.disable_adapter():
+                yield model
+
+        return adapter_off
+
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @contextmanager
+    def frozen_copy() -> Iterator[nn.Module]:
+        yield frozen.to(next(model.parameters()).device)
+
+    return frozen_copy
+
+
+def logits_at(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
+    """(N, V) logits at the N positions where `where` (B, L) is True, and nowhere else.
+
+    The vocabulary makes logits the largest tensor by far. Only the language-model head sees the selection, so whatever
+    a model does to its logits afterwards (soft caps, scales) is still done.
+    """
+
+    def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][where][None],)
+
+    hook = unwrapped(model).get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+
+
+class ResponseOutputs(NamedTuple):
+    """What a causal LM says about the response tokens; index t is read *before* token t."""
+
+    logits: Tensor
+    """(B, T, V), in the model's dtype."""
+    hidden: Tensor
+    """(B, T + 1, H), the last hidden state, which the value head reads; index T is after the last token."""
+
+
+def response_outputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> ResponseOutputs:
+    """One forward pass over prompt + response, kept only at the last `num_tokens` = T tokens.
+
+    Args:
+        model: a causal LM with the Hugging Face forward signature.
+        input_ids: (B, P + T).
+        attention_mask: (B, P + T), the prompt left-padded, the response right-padded.
+        num_tokens: T.
+    """
+    out = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        logits_to_keep=num_tokens + 1,  # the position before the first response token predicts it
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return ResponseOutputs(out.logits[:, :-1], out.hidden_states[-1][:, -num_tokens - 1 :])
+
+
+class Scorer(nn.Module):
+    """A backbone with one scalar per token: a reward model, or a separate value network.
+
+    As a reward model it is read at the last real token and normalised: score = (raw − mean) / std. Mean and standard
+    deviation live in the model's config, so they travel with `save_pretrained`.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def load(cls, spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> "Scorer":
+        """From a reward model's folder, or from a language model, which gets a new head.
+
+        A new head is drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
+        """
+        if isinstance(spec, PreTrainedModel):
+            return cls(spec.to(DTYPES[dtype]))
+        config = load_config(spec, trust_remote_code)
+        is_new = not any("SequenceClassification" in name for name in config.architectures or [])
+        config.num_labels = 1
+        # Loaded in float32 and then narrowed, so that the head keeps every digit: it is small, and it is all there is
+        # between the backbone and the reward.
+        model = AutoModelForSequenceClassification.from_pretrained(
+            resolve(spec), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        model.base_model.to(DTYPES[dtype])
+        scorer = cls(model)
+        if is_new:
+            nn.init.normal_(scorer.head.weight, std=(scorer.head.weight.shape[-1] + 1) ** -0.5)
+        return scorer
+
+    @property
+    def head(self) -> nn.Linear:
+        """The scalar head."""
+        return unwrapped(self.model).score
+
+    @property
+    def mean(self) -> float:
+        """Mean raw score of the reference text; 0 before it was fitted."""
+        return getattr(unwrapped(self.model).config, "reward_mean", 0.0)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the raw scores of the reference text; 1 before it was fitted."""
+        return getattr(unwrapped(self.model).config, "reward_std", 1.0)
+
+    def set_normalizer(self, mean: float, std: float) -> None:
+        """Let scores from now on be (raw − mean) / std."""
+        config = unwrapped(self.model).config
+        config.reward_mean, config.reward_std = mean, std
+
+    def raw_per_token(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L) float32: the head at every token."""
+        base = unwrapped(self.model)
+        hidden = base.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B,) float32: the head at the last real token of each sequence, not normalised."""
+        per_token = self.raw_per_token(input_ids, attention_mask)
+        return per_token.gather(1, last_index(attention_mask.bool())[:, None]).squeeze(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B,) float32: normalised scores."""
+        return (self.raw(input_ids, attention_mask) - self.mean) / self.std
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder for `AutoModelForSequenceClassification`, adapters merged, normaliser in the config."""
+        merged(self.model).save_pretrained(folder)

@@ -1,0 +1,139 @@
+"""Sampling responses: plain ancestral sampling with a key-value cache.
+
+Nothing but the temperature and the EOS rule stands between the logits and the sample, so the log-probabilities of the
+update are those that were sampled from. (`generate` fills every option that is not given from the model's own
+generation config: a top-p or repetition penalty slips in that way, and KL goes negative.)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..functional import forbid_tokens, position_ids, response_mask
+
+
+class Sampling(NamedTuple):
+    """How responses are sampled, and therefore which distribution log-probabilities refer to."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, **kwargs: float
+    ) -> "Sampling":
+        """With the EOS ids that the model's generation config and the tokenizer name."""
+        config = getattr(model, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        ids = ids if isinstance(ids, Sequence) else [ids]
+        eos = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+        return cls(max_new_tokens, tuple(eos), tokenizer.pad_token_id, **kwargs)
+
+    def constrain(self, logits: Tensor) -> Tensor:
+        """Logits (B, T, V) of the policy that is really sampled from: no EOS before `min_new_tokens`."""
+        return forbid_tokens(logits, self.eos_token_ids, self.min_new_tokens) if self.min_new_tokens else logits
+
+
+class Rollout(NamedTuple):
+    """Prompts and sampled responses."""
+
+    prompt_ids: Tensor
+    """(B, P), left-padded."""
+    prompt_mask: Tensor
+    """(B, P) bool."""
+    response_ids: Tensor
+    """(B, T), right-padded with the pad id."""
+    response_mask: Tensor
+    """(B, T) bool, True up to the EOS, inclusive."""
+    ended: Tensor
+    """(B,) bool, whether there is an EOS."""
+
+
+Columns = TypeVar("Columns", bound=NamedTuple)
+
+
+def trimmed(rows: Columns) -> Columns:
+    """The same sequences (a Rollout or an Experience) without the columns in which no sequence has a token."""
+    start = int(rows.prompt_mask.any(0).float().argmax())
+    stop = int(rows.response_mask.any(0).sum())
+    fields = rows._asdict()
+    for name, value in fields.items():
+        if name.startswith("prompt"):
+            fields[name] = value[:, start:]
+        elif value.ndim == 2:
+            fields[name] = value[:, :stop]
+    return type(rows)(**fields)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one response per prompt from softmax(logits / temperature).
+
+    Args:
+        model: a causal LM with the Hugging Face forward signature.
+        prompt_ids: (B, P), left-padded.
+        prompt_mask: (B, P), True at prompt tokens.
+        sampling: lengths, temperature, EOS.
+        generator: source of randomness; None is torch's global one.
+    """
+    was_training = model.training
+    model.eval()  # gradient checkpointing would switch the cache off
+    mask, tokens = prompt_mask.long(), prompt_ids
+    position = position_ids(mask)
+    running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    cache, response = None, []
+    for step in range(sampling.max_new_tokens):
+        out = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        logits = out.logits[:, -1:].float()
+        if step < sampling.min_new_tokens:
+            logits = forbid_tokens(logits, sampling.eos_token_ids, 1)
+        drawn = torch.multinomial((logits[:, 0] / sampling.temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+        tokens = drawn.where(running[:, None], sampling.pad_token_id)
+        response.append(tokens)
+        running = running & ~torch.isin(drawn[:, 0], torch.tensor(sampling.eos_token_ids, device=drawn.device))
+        if not running.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
+        position = position[:, -1:] + 1
+    model.train(was_training)
+    response_ids = torch.cat(response, dim=1)  # (B, T)
+    response_ids = nn.functional.pad(
+        response_ids, (0, sampling.max_new_tokens - response_ids.shape[1]), value=sampling.pad_token_id
+    )
+    counts = response_mask(response_ids, sampling.eos_token_ids)
+    # pad may equal EOS: a sequence cut at the limit has no EOS in it, one that ended has its first where the mask ends.
+    return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running)
+
+
+def texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The responses as text, without the EOS.
+
+    Prompt and response are decoded together and the prompt is taken off: some tokenizers drop the space at the start
+    of what they decode.
+    """
+    prompts, wholes = [], []
+    for prompt, prompt_mask, response, mask, ended in zip(*rollout, strict=True):
+        ids = prompt[prompt_mask].tolist()
+        prompts.append(tokenizer.decode(ids))
+        wholes.append(tokenizer.decode(ids + response[mask].tolist()[: -1 if ended else None]))
+    return [whole.removeprefix(prompt) for whole, prompt in zip(wholes, prompts, strict=True)]

@@ -1,0 +1,92 @@
+"""Supervised fine-tuning: maximum likelihood of the completions.
+
+    python train.py fit --model SFTModule --model.model HuggingFaceTB/SmolLM2-135M-Instruct \
+        --data SFTDataModule --data.data my_answers.csv
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ..functional import token_logprobs
+from .backbone import load_causal_lm, logits_at, merged
+from .metrics import Perplexity
+from .rollout import Sampling, sample, texts
+from .text_module import TextModule, require
+
+
+class SFTModule(TextModule):
+    """Fine-tunes a causal language model on completions.
+
+    loss = − Σ_t log π(token t | all before it) / number of tokens that count
+
+    The mean is over all tokens of the optimizer step. Batches come from `SFTDataModule`; `predict` takes
+    `PromptDataModule` batches and writes completions.
+
+    Args:
+        model: a hub id, a local folder, `package:NAME`, or a `PreTrainedModel`.
+        max_new_tokens: length limit of `predict`.
+        temperature: of `predict`.
+        **kwargs: see `TextModule`.
+    """
+
+    def __init__(
+        self, model: str | PreTrainedModel, *, max_new_tokens: int = 64, temperature: float = 1.0, **kwargs: Any
+    ) -> None:
+        super().__init__(model, **kwargs)
+        require("max_new_tokens", max_new_tokens >= 1, "at least 1", max_new_tokens)
+        require("temperature", temperature > 0, "above 0", temperature)
+        self.network: nn.Module | None = None
+        self._perplexity = Perplexity()
+
+    def configure_model(self) -> None:
+        """Load the language model."""
+        if self.network is None:
+            hparams = self.hparams
+            self.network = self.prepare_backbone(
+                load_causal_lm(self._model_spec, hparams.dtype, hparams.trust_remote_code)
+            )
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """(N,) negative log-likelihoods of the N tokens that count."""
+        mask = batch["loss_mask"][:, 1:]
+        before = pad(mask, (0, 1))  # the position before a token predicts it
+        logits = logits_at(self.network, batch["input_ids"], batch["attention_mask"], before)
+        return -token_logprobs(logits, batch["input_ids"][:, 1:][mask])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Summed negative log-likelihood of the tokens that count."""
+        nll = self(batch)
+        self.log("train/loss", nll.detach().mean(), prog_bar=True, batch_size=len(nll), sync_dist=True)
+        return self.mean_loss(nll.sum(), len(nll))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss and perplexity per token."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss and perplexity per token."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        nll = self(batch)
+        self.log_mean(f"{stage}/loss", nll, batch_size=len(nll))
+        self._perplexity.update(nll)
+        self.log(f"{stage}/perplexity", self._perplexity, prog_bar=True, on_epoch=True, batch_size=len(nll))
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
+        """Sampled completions of the prompts."""
+        hparams = self.hparams
+        sampling = Sampling.of(self.network, self.tokenizer, hparams.max_new_tokens, temperature=hparams.temperature)
+        seed = torch.initial_seed() + batch_idx * self.trainer.world_size + self.global_rank
+        generator = torch.Generator(self.device).manual_seed(seed % 2**63)
+        rollout = sample(self.network, batch["input_ids"], batch["attention_mask"], sampling, generator)
+        return {"prompt": batch["prompts"], "response": texts(rollout, self.tokenizer)}
+
+    def export(self, folder: Path) -> None:
+        """Write the language model, adapters merged."""
+        merged(self.network).save_pretrained(folder)
