@@ -60,7 +60,8 @@ class Toy:
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(len(responses()), generator=generator, dtype=torch.float64)
         self._by_text = {
-            LetterTokenizer().decode([t for t in r if t]): x.item() for r, x in zip(responses(), self.table, strict=True)
+            LetterTokenizer().decode([t for t in response if t]): reward.item()
+            for response, reward in zip(responses(), self.table, strict=True)
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)

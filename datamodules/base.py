@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from .samplers import LengthGroupedSampler
 from .sources import Source, describe, fetch_source, iterate, load_source
 from .splits import draw, first_of, hold_out
 
@@ -137,10 +138,11 @@ class TextDataModule(L.LightningDataModule):
         """Shuffled by seed and epoch; Lightning tells the sampler the epoch. No row is dropped."""
         world_size, rank = self.placement()
         rows = self.ready("train")
-        sampler: DistributedSampler = DistributedSampler(
-            rows, num_replicas=world_size, rank=rank, shuffle=True, seed=self.seed
-        )
-        return self._loader(rows, self.batch_size, sampler)
+        placed = {"num_replicas": world_size, "rank": rank, "seed": self.seed}
+        if not self.group_by_length:
+            return self._loader(rows, self.batch_size, DistributedSampler(rows, shuffle=True, **placed))
+        lengths = [len(self.wording(row)) for row in iterate(rows)]
+        return self._loader(rows, self.batch_size, LengthGroupedSampler(rows, lengths, self.batch_size, **placed))
 
     def val_dataloader(self) -> Any:
         """In order; an empty list, which Lightning skips, if there is no validation data."""

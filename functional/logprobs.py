@@ -1,6 +1,6 @@
 """From logits to what the losses use: log-probabilities of tokens, and entropy.
 
-Both work row by row, so that the float32 copies of half-precision logits are one row (T, V) large, not (B, T, V).
+Both work on a few rows at a time, so that float32 copies of half-precision logits never have the size of all logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from ._tensors import upcast
 
+_CHUNK = 2**23  # logits in float32 at a time: 32 MiB
+
 
 def _over_vocabulary(function: Callable[[Tensor], Tensor], logits: Tensor, temperature: float) -> Tensor:
-    """Apply a function (..., V) -> (...) to logits / temperature, one row of the first dimension at a time."""
+    """Apply a function (..., V) -> (...) to logits / temperature, a chunk of the first dimension at a time."""
     if temperature <= 0:
         raise ValueError(f"`temperature` must be positive, but is {temperature}.")
-    if logits.dim() < 3 or len(logits) == 0:
+    if logits.dim() < 2 or len(logits) == 0:
         return function(upcast(logits) / temperature)
-    return torch.stack([function(upcast(row) / temperature) for row in logits])
+    rows = max(1, _CHUNK // logits[0].numel())
+    return torch.cat([function(upcast(chunk) / temperature) for chunk in logits.split(rows)])
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
