@@ -4,10 +4,14 @@ Subcommands are the Trainer's own: fit, validate, test, predict. `--model PPOMod
 choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run.
 """
 
+import difflib
 import os
+import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, NoReturn
 
 import datasets
 import lightning as L
@@ -17,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_rlhf import datamodules, modules
+from lightning_rlhf import callbacks, datamodules, modules
 from lightning_rlhf.callbacks import (
     HuggingFaceExport,
     JSONLinesWriter,
@@ -27,7 +31,12 @@ from lightning_rlhf.callbacks import (
     StageSummary,
 )
 
-SHIPPED = [*modules.__all__, *datamodules.__all__]  # importing them makes their short names known to the parser
+# Importing them makes their short names known to the parser.
+SHIPPED = {
+    "model": [name for name in modules.__all__ if name != "TextModule"],
+    "data": [name for name in datamodules.__all__ if name != "TextDataModule"],
+    "trainer.callbacks": callbacks.__all__,
+}
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -39,8 +48,47 @@ class SaveFitConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class Parser(LightningArgumentParser):
+    """A parser whose errors are a few lines: what is wrong, and what would be right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """jsonargparse prints all flags before the message, and how it tried to read the value after it."""
+        if not self.exit_on_error:  # a parser within the parser
+            super().error(message, ex)
+        lines = re.sub(r"\n *Given value: (NestedArg|Namespace).*", "", message, flags=re.DOTALL).splitlines()
+        noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
+        shown = [line for line in lines if line.strip() and not line.strip(" -").startswith(noise)]
+        sys.stderr.write("\n".join(["error: " + shown[0], *shown[1:], *hints(message, ex, self)]) + "\n")
+        self.exit(2)
+
+
+def hints(message: str, ex: Exception | None, parser: LightningArgumentParser) -> list[str]:
+    """What would have been accepted."""
+    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        arguments = LightningArgumentParser()
+        arguments.add_class_arguments(locate(found[1]))
+        return _accepted(found[2], sorted(arguments.get_defaults().keys()))
+    if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+        flags = getattr(ex, "subcommand_parser", parser)._option_string_actions
+        return _did_you_mean("--" + found[1], list(flags))
+    if found := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', message, re.DOTALL):
+        return _accepted(found[2], SHIPPED[found[1]]) if found[1] in SHIPPED else []
+    return []
+
+
+def _accepted(word: str, names: list[str]) -> list[str]:
+    return [*_did_you_mean(word, names), "  accepted: " + ", ".join(names)]
+
+
+def _did_you_mean(word: str, known: list[str]) -> list[str]:
+    return [f"  did you mean {match}?" for match in difflib.get_close_matches(word, known, n=1)]
+
+
 class CLI(LightningCLI):
     """LightningCLI with this project's defaults for checkpoints, loggers and the run's folder."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: in Lightning, what a checkpoint says wins over the flags, even over which `--model` it is."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--checkpoint.*` are ModelCheckpoint's arguments."""
@@ -54,13 +102,23 @@ class CLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or Path("runs") / name)
         config.trainer.default_root_dir = str(root)
         config.trainer.logger = None if config.trainer.logger is True else config.trainer.logger
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(root / "checkpoints")
+
+    def instantiate_classes(self) -> None:
+        """A constructor's complaint as it is, without the parser's account of what it tried to build."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if error.__cause__ is None or not str(error).startswith("Does not validate against"):
+                raise
+            raise error.__cause__ from None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The CSV logger is always there; W&B unless other loggers, or none, are asked for."""
         asked = self._get(self.config_init, "trainer").logger
         root = Path(self._get(self.config_init, "trainer").default_root_dir)
+        checkpoint = self._get(self.config_init, "checkpoint")
+        if checkpoint.dirpath is None:  # not in the config: a saved one may be run again in another folder
+            checkpoint.dirpath = os.path.realpath(root / "checkpoints")
         loggers = [csv_logger(root if self.subcommand == "fit" else root / self.subcommand)]
         if asked is None and self.subcommand == "fit":
             loggers.append(wandb_logger(root))
@@ -103,6 +161,7 @@ def main(args: list[str] | None = None) -> CLI:
         L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        parser_class=Parser,
         seed_everything_default=0,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..functional import last_index, position_ids
 from ..pretrained import load_config, resolve
@@ -33,14 +34,30 @@ def load_causal_lm(spec: str | PreTrainedModel, dtype: str, trust_remote_code: b
     )
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, target_modules: str | list[str]) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, r: int, alpha: int, target_modules: str | list[str], last_layers: int | None = None
+) -> PeftModel:
     """`model` frozen, with trainable LoRA adapters (float32 whatever the model's dtype).
+
+    With `last_layers` only the last so many layers get adapters; the backward pass then stops there.
 
     Source: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685; the work is peft's.
     """
     has_head = hasattr(model, "score")  # a scalar head is trained whole
+    layers = model.config.get_text_config().num_hidden_layers
+    if last_layers is not None and not 1 <= last_layers <= layers:
+        raise ValueError(
+            f"`lora_last_layers` must be between 1 and the model's {layers} layers, but got {last_layers}."
+        )
+    if last_layers is not None and target_modules == "all-linear":  # peft takes layers only with names
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        target_modules = sorted(linear - {"lm_head", "score"})
     config = LoraConfig(
-        r=r, lora_alpha=alpha, target_modules=target_modules, exclude_modules=["score"] if has_head else None
+        r=r,
+        lora_alpha=alpha,
+        target_modules=target_modules,
+        exclude_modules=["score"] if has_head else None,
+        layers_to_transform=None if last_layers is None else list(range(layers - last_layers, layers)),
     )
     adapted = get_peft_model(model, config)
     if has_head:
@@ -147,7 +164,9 @@ class Scorer(nn.Module):
         A new head is drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
         """
         if isinstance(spec, PreTrainedModel):
-            return cls(spec.to(DTYPES[dtype]))
+            spec.base_model.to(DTYPES[dtype])
+            spec.score.float()
+            return cls(spec)
         config = load_config(spec, trust_remote_code)
         is_new = not any("SequenceClassification" in name for name in config.architectures or [])
         config.num_labels = 1

@@ -82,5 +82,5 @@ def _as_it_is(minibatch: Experience) -> Experience:
 def generator_for(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends only on its arguments, so that a resumed run draws what an uninterrupted one does."""
     for number in stream:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 25)
+        seed = (seed * 1_000_003 + number % 1_000_003 + 1) % (2**63 - 25)  # never + 0, which would be no stream at all
     return torch.Generator(device).manual_seed(seed)

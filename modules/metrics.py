@@ -18,6 +18,26 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
+class Mean(Metric):
+    """The mean of all items seen; sum and count stay apart, so batches of unequal size count as they should.
+
+    torchmetrics' own takes weights, but drops them without a word when its NaN check is off; and the check drops NaN.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add `count` items that sum to `total`, both scalars."""
+        self.sums = self.sums + torch.stack([total.detach().double(), count.double()])
+
+    def compute(self) -> Tensor:
+        """The mean so far; NaN of nothing."""
+        total, count = self.sums
+        return (total / count).float()
+
+
 class Moments(Metric):
     """Mean and standard deviation (biased) of all values seen, in float64."""
 

@@ -126,9 +126,9 @@ class OnPolicyModule(TextModule):
         minibatches = hparams.rollout_batch_size // hparams.minibatch_size
         if minibatches % accumulate:
             raise ValueError(
-                "`accumulate_grad_batches` must divide the minibatches of one pass: rollout_batch_size / minibatch_size "
-                f"= {hparams.rollout_batch_size} / {hparams.minibatch_size} = {minibatches}, and {minibatches} / "
-                f"{accumulate} = {minibatches / accumulate:g}."
+                "`accumulate_grad_batches` must divide the minibatches of one pass: rollout_batch_size / "
+                f"minibatch_size = {hparams.rollout_batch_size} / {hparams.minibatch_size} = {minibatches}, and "
+                f"{minibatches} / {accumulate} = {minibatches / accumulate:g}."
             )
 
     def configure_model(self) -> None:

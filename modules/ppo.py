@@ -99,7 +99,7 @@ class PPOModule(OnPolicyModule):
             return
         hparams = self.hparams
         if hparams.value_model:
-            self.value = Scorer.load(hparams.value_model, hparams.dtype, hparams.trust_remote_code)
+            self.value = Scorer.load(hparams.value_model, hparams.dtype, hparams.trust_remote_code).train()
         else:
             self.value = nn.Linear(self.policy.config.get_text_config().hidden_size, 1)
             nn.init.zeros_(self.value.weight)

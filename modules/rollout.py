@@ -132,8 +132,11 @@ def texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     of what they decode.
     """
     prompts, wholes = [], []
-    for prompt, prompt_mask, response, mask, ended in zip(*rollout, strict=True):
-        ids = prompt[prompt_mask].tolist()
+    starts = rollout.prompt_ids.shape[1] - rollout.prompt_mask.sum(1)
+    lengths = rollout.response_mask.sum(1) - rollout.ended.long()
+    columns = (rollout.prompt_ids, starts, rollout.response_ids, lengths)
+    for prompt, start, response, length in zip(*(column.tolist() for column in columns), strict=True):
+        ids = prompt[start:]
         prompts.append(tokenizer.decode(ids))
-        wholes.append(tokenizer.decode(ids + response[mask].tolist()[: -1 if ended else None]))
+        wholes.append(tokenizer.decode(ids + response[:length]))
     return [whole.removeprefix(prompt) for whole, prompt in zip(wholes, prompts, strict=True)]

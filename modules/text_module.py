@@ -11,12 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..functional import masked_sum
 from ..pretrained import load_tokenizer
 from .backbone import DTYPES, add_lora
+from .metrics import Mean
 
 Plain = str | int | float | bool | None
 
@@ -40,6 +40,8 @@ class TextModule(L.LightningModule):
         lora_r: rank of the LoRA adapters; 0 trains every weight. Usual: 8 to 64.
         lora_alpha: LoRA's scale is lora_alpha / lora_r.
         lora_target_modules: names of the layers that get adapters, or `all-linear`.
+        lora_last_layers: adapters only in the last so many layers, where the backward pass then stops: less time, less
+            memory. None is all layers.
         learning_rate: of AdamW at its highest.
         weight_decay: of AdamW.
         adam_eps: of AdamW. RLHF papers often use 1e-5.
@@ -57,6 +59,7 @@ class TextModule(L.LightningModule):
         lora_r: int = 0,
         lora_alpha: int = 32,
         lora_target_modules: str | list[str] = "all-linear",
+        lora_last_layers: int | None = None,
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         adam_eps: float = 1e-8,
@@ -97,7 +100,8 @@ class TextModule(L.LightningModule):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not hparams.lora_r:
             return model
-        return add_lora(model, hparams.lora_r, hparams.lora_alpha, hparams.lora_target_modules)
+        targets = hparams.lora_target_modules
+        return add_lora(model, hparams.lora_r, hparams.lora_alpha, targets, hparams.lora_last_layers)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; a subclass with several learning rates names them here."""
@@ -151,9 +155,8 @@ class TextModule(L.LightningModule):
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
         key = name.replace("/", "_")
         if key not in self._means:
-            self._means[key] = MeanMetric(nan_strategy="disable").to(values.device)
-        count = mask.sum()
-        self._means[key].update(masked_sum(values.detach(), mask) / count.clamp(min=1), count)
+            self._means[key] = Mean().to(values.device)
+        self._means[key].update(masked_sum(values.detach(), mask), mask.sum())
         # Lightning looks up a metric's name only once; this one may be younger than that.
         self.log(name, self._means[key], on_step=False, on_epoch=True, metric_attribute=f"_means.{key}", **kwargs)
 
@@ -179,6 +182,8 @@ class TextModule(L.LightningModule):
                 f"{len(missing)} of its trained tensors are not in the file{_examples(missing)}. Give the checkpoint "
                 "of the same module, with the same `model` and `lora_r`."
             )
+        # What is frozen comes from the model itself: with it the file is whole, and Lightning has nothing to warn of.
+        checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: weights (LoRA merged), config and tokenizer. Call it on all ranks."""

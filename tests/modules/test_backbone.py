@@ -1,0 +1,224 @@
+"""Loading, LoRA, the frozen reference, and how a network is read."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import make_llama
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from lightning_rlhf.modules.backbone import (
+    Scorer,
+    add_lora,
+    frozen_reference,
+    load_causal_lm,
+    logits_at,
+    merged,
+    response_outputs,
+    unwrapped,
+)
+
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+
+
+def adapted(seed=0, **options):
+    """A LoRA model whose adapters do something."""
+    model = add_lora(make_llama(seed, vocab_size=8), **(dict(r=4, alpha=8, target_modules="all-linear") | options))
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_models_are_loaded_in_the_dtype_asked_for(policy, dtype):
+    for spec in (policy, make_llama(vocab_size=8)):
+        assert {p.dtype for p in load_causal_lm(spec, dtype).parameters()} == {getattr(torch, dtype)}
+
+
+def test_dropout_is_off(tmp_path):
+    config = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    assert config.attn_pdrop == config.resid_pdrop == config.embd_pdrop == 0.1
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), "float32").train()
+    assert torch.equal(logits(model), logits(model))
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+def test_an_adapter_starts_as_nothing_and_alone_is_trained():
+    model = add_lora(make_llama(vocab_size=8), r=4, alpha=8, target_modules="all-linear")
+    torch.testing.assert_close(logits(model), logits(make_llama(vocab_size=8)))
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+@pytest.mark.parametrize("last_layers", [None, 1])
+def test_a_scalar_head_is_trained_whole_beside_the_adapters(reward_folder, targets, last_layers):
+    model = add_lora(Scorer.load(reward_folder, "float32").model, 4, 8, targets, last_layers)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name in trained if "lora_" not in name] == ["base_model.model.score.weight"]
+
+
+def test_merging_computes_the_same_and_leaves_the_given_model_alone():
+    model = adapted()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    whole = merged(model)
+    assert not torch.allclose(logits(whole), logits(make_llama(vocab_size=8)))
+    torch.testing.assert_close(logits(whole), logits(model))
+    assert not any("lora" in name for name in whole.state_dict())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    plain = make_llama(vocab_size=8)
+    assert merged(plain) is plain
+    assert unwrapped(plain) is plain
+    assert unwrapped(model) is model.base_model.model
+
+
+def test_the_reference_stays_where_the_policy_was():
+    model = make_llama(vocab_size=8)
+    before = logits(model)
+    reference = frozen_reference(model)
+    model.lm_head.weight.data.mul_(2)
+    with reference() as frozen:
+        assert torch.equal(logits(frozen), before)
+        assert not any(p.requires_grad for p in frozen.parameters())
+        assert not frozen.training
+    assert not torch.allclose(logits(model), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter():
+    model = adapted()
+    on = logits(model)
+    with frozen_reference(model)() as frozen:
+        assert frozen is model
+        torch.testing.assert_close(logits(frozen), logits(make_llama(vocab_size=8)))
+    assert torch.equal(logits(model), on)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_an_error_in_the_reference_leaves_the_adapter_on():
+    model = adapted()
+    on = logits(model)
+    with pytest.raises(RuntimeError), frozen_reference(model)():
+        raise RuntimeError
+    assert torch.equal(logits(model), on)
+
+
+BATCH = torch.tensor([[0, 0, 1, 2, 3, 4], [5, 6, 7, 1, 2, 0]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("make", [lambda: make_llama(vocab_size=8), adapted], ids=["full", "lora"])
+def test_logits_at_some_positions_are_those_of_all(make):
+    model = make()
+    where = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 0]]).bool()
+    with torch.no_grad():
+        expected = model(BATCH, attention_mask=MASK).logits[where]
+        torch.testing.assert_close(logits_at(model, BATCH, MASK, where), expected)
+        assert model(BATCH, attention_mask=MASK).logits.shape == (2, 6, 8)  # nothing stays behind
+
+
+def test_a_failed_forward_leaves_no_hook_behind():
+    model = make_llama(vocab_size=8)
+    with pytest.raises(IndexError):
+        logits_at(model, BATCH + 100, MASK, MASK.bool())
+    assert logits(model).shape == (1, 5, 8)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "learned positions"])
+def test_response_outputs_are_those_of_each_row_alone(kind, learned_positions):
+    model = {"full": make_llama(vocab_size=8), "lora": adapted(), "learned positions": learned_positions}[kind]
+    with torch.no_grad():
+        got = response_outputs(model, BATCH, MASK, 3)
+        rows = [model(row[mask.bool()][None], output_hidden_states=True) for row, mask in zip(BATCH, MASK, strict=True)]
+    assert got.logits.shape == (2, 3, 8)
+    assert got.hidden.shape == (2, 4, 32)
+    # row 0: prompt 1, response 2 3 4; row 1: prompt 5 6 7, response 1 2
+    torch.testing.assert_close(got.logits[0], rows[0].logits[0, :3])
+    torch.testing.assert_close(got.logits[1, :2], rows[1].logits[0, 2:4])
+    torch.testing.assert_close(got.hidden[0], rows[0].hidden_states[-1][0])
+    torch.testing.assert_close(got.hidden[1, :3], rows[1].hidden_states[-1][0, 2:])
+
+
+# --- scorers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_head_is_drawn_from_the_narrow_normal(tmp_path):
+    make_llama(vocab_size=8, hidden_size=1024, intermediate_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    head = Scorer.load(str(tmp_path), "float32").head
+    assert head.weight.shape == (1, 1024)
+    assert head.bias is None
+    assert head.weight.mean().item() == pytest.approx(0, abs=4 / 1025)
+    assert head.weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1)  # 0.3 is the model's own
+
+
+def test_the_backbone_of_a_new_scorer_is_the_language_model(policy):
+    scorer = Scorer.load(policy, "float32")
+    backbone = AutoModelForCausalLM.from_pretrained(policy).model.state_dict()
+    assert all(torch.equal(v, backbone[k]) for k, v in scorer.model.model.state_dict().items())
+    assert (scorer.mean, scorer.std) == (0.0, 1.0)
+
+
+def test_a_reward_models_folder_is_loaded_as_it_is(reward_folder):
+    first, second = Scorer.load(reward_folder, "float32"), Scorer.load(reward_folder, "float32")
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert (first.mean, first.std) == (0.75, 2.5)
+    raw = first.raw(BATCH[1:], MASK[1:])
+    torch.testing.assert_close(first(BATCH[1:], MASK[1:]), (raw - 0.75) / 2.5)
+
+
+def test_bfloat16_scorers_keep_every_digit_of_the_head(reward_folder):
+    narrow, wide = Scorer.load(reward_folder, "bfloat16"), Scorer.load(reward_folder, "float32")
+    assert torch.equal(narrow.head.weight, wide.head.weight)
+    assert {p.dtype for p in narrow.model.model.parameters()} == {torch.bfloat16}
+    assert narrow(BATCH[1:], MASK[1:]).dtype == torch.float32
+
+
+def test_a_model_object_is_taken_as_it_is_with_a_head_in_float32(reward_folder):
+    model = Scorer.load(reward_folder, "float32").model
+    head = model.score.weight.clone()
+    scorer = Scorer.load(model, "bfloat16")
+    assert scorer.model is model
+    assert torch.equal(scorer.head.weight, head)
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned positions"])
+@torch.no_grad()
+def test_scores_per_token_are_those_of_the_prefixes(reward_folder, learned_positions, tmp_path, kind):
+    learned_positions.save_pretrained(tmp_path)
+    scorer = Scorer.load(reward_folder if kind == "rotary" else str(tmp_path), "float32").eval()
+    per_token = scorer.raw_per_token(BATCH, MASK)
+    for row, mask, got in zip(BATCH, MASK.bool(), per_token, strict=True):
+        ids = row[mask]
+        for n in range(1, len(ids) + 1):
+            prefix = ids[None, :n]
+            torch.testing.assert_close(scorer.raw(prefix, torch.ones_like(prefix))[0], got[mask][n - 1])
+    torch.testing.assert_close(scorer.raw(BATCH, MASK), per_token[[0, 1], [5, 4]])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_saved_scorer_comes_back_with_its_normaliser(reward_folder, tmp_path, lora):
+    scorer = Scorer.load(reward_folder, "float32")
+    if lora:
+        scorer = Scorer(add_lora(scorer.model, 4, 8, "all-linear"))
+        torch.nn.init.normal_(scorer.head.weight)
+    scorer.set_normalizer(-1.5, 0.25)
+    scorer.save_pretrained(tmp_path)
+    loaded = Scorer.load(str(tmp_path), "float32")
+    assert (loaded.mean, loaded.std) == (-1.5, 0.25)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(BATCH, MASK), scorer(BATCH, MASK))
+
+
+def test_copies_of_a_scorer_have_normalisers_of_their_own(reward_folder):
+    scorer = Scorer.load(reward_folder, "float32")
+    copy.deepcopy(scorer).set_normalizer(9.0, 9.0)
+    assert (scorer.mean, scorer.std) == (0.75, 2.5)

@@ -1,0 +1,89 @@
+"""The order of the minibatches and what they hold."""
+
+import torch
+
+from lightning_rlhf.modules.experience import Experience, ExperienceDataset, experience_loader, generator_for
+
+N = 6
+
+
+def experience():
+    """Row i holds the number i; its prompt has 1 + i % 3 tokens, its response i + 1."""
+    rows = torch.arange(N)[:, None]
+    prompt_mask = torch.arange(3).flip(0) <= rows % 3
+    response_mask = torch.arange(N) <= rows
+    number = rows.expand(N, N).float()
+    return Experience(rows.expand(N, 3), prompt_mask, rows.expand(N, N), response_mask, *[number] * 4)
+
+
+def loader(batch_size=2, passes=1, seed=0, rank=0, epoch=0):
+    dataset = ExperienceDataset(N)
+    dataset.experience = experience()
+    made = experience_loader(dataset, batch_size, passes, seed, rank)
+    made.sampler.set_epoch(epoch)
+    return made
+
+
+def order(**options):
+    return [i for batch in loader(**options) for i in batch.response_ids[:, 0].tolist()]
+
+
+def test_each_pass_is_a_permutation_of_its_own():
+    seen = order(passes=3)
+    passes = [seen[k * N : (k + 1) * N] for k in range(3)]
+    assert all(sorted(one) == list(range(N)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+
+
+def test_length_is_known_before_there_is_experience():
+    assert len(experience_loader(ExperienceDataset(N), 2, 4, 0, 0)) == 12
+
+
+def test_order_depends_on_seed_epoch_rank_and_on_nothing_else():
+    plain = order(passes=2)
+    torch.manual_seed(9)
+    assert order(passes=2) == plain
+    others = [order(passes=2, **change) for change in ({"seed": 1}, {"epoch": 1}, {"rank": 1})]
+    assert len({tuple(o) for o in [plain, *others]}) == 4
+    assert order(passes=3)[: 2 * N] == plain
+
+
+def test_rows_of_a_minibatch_stay_together():
+    whole = experience()
+    for batch in loader(passes=2):
+        rows = batch.response_ids[:, 0]
+        lengths = batch.response_mask.sum(1)
+        assert torch.equal(lengths, rows + 1)
+        assert torch.equal(batch.prompt_mask.sum(1), rows % 3 + 1)
+        assert torch.equal(batch.returns[:, 0], rows.float())
+        assert torch.equal(lengths, whole.response_mask[rows].sum(1))
+
+
+def test_minibatches_are_trimmed_to_their_longest():
+    for batch in loader(batch_size=1):
+        assert batch.response_mask.all()
+        assert batch.prompt_mask.all()
+        assert batch.response_ids.shape == batch.advantages.shape == (1, batch.response_ids[0, 0] + 1)
+
+
+def test_one_row_is_a_minibatch_of_one():
+    dataset = ExperienceDataset(N)
+    dataset.experience = experience()
+    assert dataset[3].response_ids.tolist() == [[3, 3, 3, 3]]
+
+
+def test_no_two_streams_of_a_run_are_the_same():
+    """Rollouts (epoch, rank), evaluation (-1, batch, rank), prediction (-2, batch, rank), passes (epoch, rank, k)."""
+    numbers = range(6)
+    for seed in (0, 1, 12345):
+        streams = [(e, r) for e in numbers for r in numbers]
+        streams += [(e, r, k) for e in numbers for r in numbers for k in numbers]
+        streams += [(kind, b, r) for kind in (-1, -2) for b in numbers for r in numbers]
+        draws = [torch.rand((), generator=generator_for(seed, *s), dtype=torch.float64).item() for s in streams]
+        assert len(set(draws)) == len(draws)
+        assert torch.rand((), generator=generator_for(seed, 0, 0), dtype=torch.float64).item() == draws[0]
+
+
+def test_large_seeds_are_seeds_too():
+    a, b = (torch.rand((), generator=generator_for(2**63 - s, 5, 7)) for s in (1, 2))
+    assert a != b
