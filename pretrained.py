@@ -68,6 +68,8 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def _not_a_model(spec: str, error: Exception) -> str:
+    if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/"))):
+        return f"`{spec}` is not a model: there is no such folder, and a hub id looks like `owner/name`."
     return (
         f"`{spec}` is not a model that can be loaded: expected a local folder written by `save_pretrained`, "
         f"`package:NAME`, or the id of a model on the hub. The loader said: {str(error).splitlines()[0]}"

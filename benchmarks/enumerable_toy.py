@@ -107,7 +107,7 @@ class ToyPrompts(L.LightningDataModule):
         return self.trainer.lightning_module.experience_dataloader(self)
 
 
-def train(toy: Toy, seed: int, iterations: int = 150, callbacks: list | None = None, **options: Any) -> Point:
+def train(toy: Toy, seed: int, iterations: int = 200, callbacks: list | None = None, **options: Any) -> Point:
     """Run PPO under a plain Trainer and say where it ends; single-threaded work of some 20 seconds."""
     L.seed_everything(seed, verbose=False)
     settings = dict(

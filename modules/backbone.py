@@ -25,13 +25,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_causal_lm(spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a spec (see `lightning_rlhf.pretrained`), dropout off, in `dtype`."""
     if isinstance(spec, PreTrainedModel):
-        return spec.to(DTYPES[dtype])
-    return AutoModelForCausalLM.from_pretrained(
-        resolve(spec),
-        config=load_config(spec, trust_remote_code),
-        dtype=DTYPES[dtype],
-        trust_remote_code=trust_remote_code,
-    )
+        model = spec.to(DTYPES[dtype])
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(spec),
+            config=load_config(spec, trust_remote_code),
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+        )
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    return model
+
+
+def _contiguous(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Input of a language-model head, in one piece.
+
+    `logits_to_keep` hands the head a view of the last positions. For a view times a frozen weight, torch.matmul chooses
+    a batched product and copies the (V, H) weight once per sequence: gigabytes, and most of a rollout's time.
+    """
+    return (args[0].contiguous(),)
 
 
 def add_lora(

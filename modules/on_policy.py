@@ -67,7 +67,8 @@ class OnPolicyModule(TextModule):
         score_clip: scores are cut to ± this; None does not cut.
         normalize_scores: subtract the mean and divide by the standard deviation of all scores of the run so far.
         missing_eos_penalty: subtracted from the score of a response that hit the length limit.
-        forward_batch_size: most sequences in one forward pass without gradient.
+        forward_batch_size: most sequences in one scoring pass (policy, reference, reward model); sampling takes all at
+            once.
         **kwargs: see `TextModule`.
     """
 
@@ -119,12 +120,12 @@ class OnPolicyModule(TextModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked before a model is loaded."""
         hparams, accumulate = self.hparams, self.trainer.accumulate_grad_batches
-        if stage != "fit":
-            return
-        if not self.rewards.terms:
-            raise ValueError("`reward` is required to train: a reward model, a dotted path of a function, or a list.")
+        if stage != "predict" and not self.rewards.terms:
+            raise ValueError(
+                f"`reward` is required to {stage}: a reward model, the dotted path of a function, or a list of these."
+            )
         minibatches = hparams.rollout_batch_size // hparams.minibatch_size
-        if minibatches % accumulate:
+        if stage == "fit" and minibatches % accumulate:
             raise ValueError(
                 "`accumulate_grad_batches` must divide the minibatches of one pass: rollout_batch_size / "
                 f"minibatch_size = {hparams.rollout_batch_size} / {hparams.minibatch_size} = {minibatches}, and "
@@ -285,12 +286,16 @@ class OnPolicyModule(TextModule):
             "ended": rollout.ended.tolist(),
         }
 
+    def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
+        """The update ends with the last batch; validation may follow before the epoch ends."""
+        self._update_end = time.perf_counter()
+
     def on_train_epoch_end(self) -> None:
-        """Time and throughput of the iteration."""
-        now = time.perf_counter()
+        """Time and throughput of the iteration, validation left out."""
         tokens = float(sum(self.samples["length"]))
-        self.log("time/update", now - self._update_start)
-        self.log("throughput/tokens_per_second", tokens / (now - self._start), sync_dist=True, reduce_fx="sum")
+        self.log("time/update", self._update_end - self._update_start)
+        seconds = self._update_end - self._start
+        self.log("throughput/tokens_per_second", tokens / seconds, sync_dist=True, reduce_fx="sum")
         self.log("policy/kl_coef", self.kl_coef)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:

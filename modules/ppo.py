@@ -48,8 +48,8 @@ class PPOModule(OnPolicyModule):
         model: the starting policy; see `OnPolicyModule`.
         reward: what to maximise; see `OnPolicyModule`.
         kl_coef: β, price of one nat of KL to the starting policy. Usual: 0.01 to 0.2.
-        value_model: folder or hub id of a reward model from which a separate value network starts; None puts a linear
-            value head on the policy's last hidden state.
+        value_model: folder or hub id of a reward model from which a separate value network starts, which is trained
+            whole; None puts a linear value head on the policy's last hidden state.
         clip_range: ε of the policy ratio. Usual: 0.2.
         clip_range_value: how far values may move from the old ones before the loss is flat; None does not clip.
         vf_coef: weight of the value loss. Usual: 0.1 to 1.

@@ -9,6 +9,7 @@ How it departs from InstructGPT (https://arxiv.org/abs/2203.02155):
 2. Scores are normalised on held-out reference text to mean 0 and standard deviation 1 (InstructGPT: mean 0).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,9 @@ class RewardModule(TextModule):
         self.network: Scorer | None = None
         self.reference_moments = Moments()
         self.calibration = SoftCalibrationError()
-        self.correlations = nn.ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+        with warnings.catch_warnings():  # that ranks need all values in memory: one number per held-out text
+            warnings.simplefilter("ignore")
+            self.correlations = nn.ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
         self.agreements = nn.ModuleDict({_agreement_name(g): PairAgreement(g) for g in (0.0, *gaps)})
 
     def configure_model(self) -> None:

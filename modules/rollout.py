@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ..functional import forbid_tokens, position_ids, response_mask
@@ -104,10 +105,7 @@ def sample(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        logits = out.logits[:, -1:].float()
-        if step < sampling.min_new_tokens:
-            logits = forbid_tokens(logits, sampling.eos_token_ids, 1)
-        drawn = torch.multinomial((logits[:, 0] / sampling.temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+        drawn = _draw(out.logits[:, -1:], step, sampling, generator)  # (B, 1)
         tokens = drawn.where(running[:, None], sampling.pad_token_id)
         response.append(tokens)
         running = running & ~torch.isin(drawn[:, 0], torch.tensor(sampling.eos_token_ids, device=drawn.device))
@@ -116,13 +114,22 @@ def sample(
         mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
         position = position[:, -1:] + 1
     model.train(was_training)
-    response_ids = torch.cat(response, dim=1)  # (B, T)
-    response_ids = nn.functional.pad(
-        response_ids, (0, sampling.max_new_tokens - response_ids.shape[1]), value=sampling.pad_token_id
-    )
+    missing = sampling.max_new_tokens - len(response)
+    response_ids = pad(torch.cat(response, dim=1), (0, missing), value=sampling.pad_token_id)  # (B, T)
     counts = response_mask(response_ids, sampling.eos_token_ids)
-    # pad may equal EOS: a sequence cut at the limit has no EOS in it, one that ended has its first where the mask ends.
     return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running)
+
+
+def _draw(logits: Tensor, step: int, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Response token number `step`, (B, 1), from logits (B, 1, V), by inverting the cumulative distribution.
+
+    One random number per sequence instead of the one per vocabulary entry that `torch.multinomial` draws. A token of
+    probability 0 has no interval of its own, so it never comes.
+    """
+    logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
+    cumulative = (logits[:, 0] / sampling.temperature).softmax(-1).double().cumsum(-1)  # (B, V)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 
 def texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -172,7 +172,6 @@ _ADVICE = (
     "ignore:.*does not have many workers",
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:Metric `SpearmanCorrcoef` will save all targets",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
 

@@ -178,7 +178,7 @@ FIRST = [
 def test_first_ratio_is_1(ppo, fit, options, pad):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = pad
-    module = fit(ppo(learning_rate=0.0, tokenizer=tokenizer, max_new_tokens=16, **options))
+    module = fit(ppo(learning_rate=0.0, tokenizer=tokenizer, max_new_tokens=40, **options))
     e = experience_of(module)
     assert not e.prompt_mask.all()  # left padding
     assert len(set(e.response_mask.sum(1).tolist())) > 1
@@ -269,12 +269,16 @@ def plain_experience():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_experience_equals_its_restatement(ppo, fit, moved, policy, plain_experience, options):
-    module = fit(moved(ppo(learning_rate=0.0, **({"kl_coef": 0.2} | options))))
-    e = experience_of(module)
-    reference = AutoModelForCausalLM.from_pretrained(policy)
-    ended = [EOS in row[mask].tolist() for row, mask in zip(e.response_ids, e.response_mask, strict=True)]
+    for seed in range(20):  # the first noise with which some responses end and some do not
+        torch.manual_seed(seed)
+        module = fit(moved(ppo(learning_rate=0.0, **({"kl_coef": 0.2} | options))))
+        e = experience_of(module)
+        ended = [EOS in row[mask].tolist() for row, mask in zip(e.response_ids, e.response_mask, strict=True)]
+        if True in ended and False in ended:
+            break
     assert True in ended
     assert False in ended
+    reference = AutoModelForCausalLM.from_pretrained(policy)
     with torch.no_grad():
         expected = slow_experience(module, module.policy, reference, e, letters_of(e))
     for name, rows in zip(["logprobs", "values", "advantages", "returns"], expected, strict=True):
@@ -874,7 +878,7 @@ def test_arguments_that_make_no_sense_are_named(ppo, options, message):
 
 
 def test_training_without_a_reward_is_refused(ppo, fit):
-    with pytest.raises(ValueError, match="`reward` is required to train"):
+    with pytest.raises(ValueError, match="`reward` is required to fit"):
         fit(ppo(reward=None))
 
 

@@ -74,9 +74,10 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 @pytest.mark.parametrize("load", [load_config, load_tokenizer])
 def test_what_is_not_a_model_is_named(load, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
-    for spec in (str(tmp_path), str(tmp_path / "missing" / "deeply" / "so")):
-        with pytest.raises(ValueError, match=f"`{spec}` is not a model that can be loaded: expected a local folder"):
-            load(spec)
+    missing = tmp_path / "missing" / "deeply"
+    for spec, why in [(tmp_path, "expected a local folder written by `save_pretrained`"), (missing, "no such folder")]:
+        with pytest.raises(ValueError, match=f"`{spec}` is not a model.*{why}"):
+            load(str(spec))
 
 
 @pytest.mark.parametrize("name", ["no_such_package_at_all", "not-an-identifier", "os.path", ""])

@@ -100,11 +100,14 @@ def test_constrained_logprobs_know_the_minimum_length():
 @pytest.mark.parametrize("kind", ["rotary", "learned positions"])
 def test_cached_decoding_has_the_logits_of_the_full_forward(model, learned_positions, kind):
     model = model if kind == "rotary" else learned_positions
-    seen = []
-    hook = model.register_forward_hook(lambda module, args, out: seen.append(out.logits[:, -1]))
     ids, mask = left_padded([1], PROMPT, [2, 2, 6, 7, 1], extra=1)
-    rollout = sample(model, ids, mask, Sampling(7, (EOS,), EOS), generator(1))
-    hook.remove()
+    for seed in range(20):  # the first noise with which the lengths differ
+        seen = []
+        hook = model.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.logits[:, -1]))
+        rollout = sample(model, ids, mask, Sampling(7, (EOS,), EOS), generator(seed))
+        hook.remove()
+        if len(set(rollout.response_mask.sum(1).tolist())) > 1:
+            break
     whole = torch.cat([ids, rollout.response_ids], 1), torch.cat([mask, rollout.response_mask.long()], 1)
     with torch.no_grad():
         full = response_outputs(model, *whole, 7).logits
