@@ -32,7 +32,7 @@ def score(spec, prompts, responses, columns=None, weights=None, batch_size=32):
     return WeightedRewards(terms, weights)(prompts, responses, columns or {})
 
 
-@pytest.mark.parametrize("spec", [lengths, "my_rewards.lengths", [lengths]], ids=str)
+@pytest.mark.parametrize("spec", [lengths, "my_rewards.lengths", [lengths]], ids=["function", "dotted path", "list"])
 def test_functions_come_as_objects_or_dotted_paths(my_rewards, spec):
     scores = score(spec, ["a", "b"], ["xyz", ""])
     torch.testing.assert_close(scores.total, torch.tensor([3.0, 0.0]))
