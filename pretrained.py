@@ -37,8 +37,9 @@ def load_config(spec: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     Dropout off makes log-probabilities reproducible, so PPO's ratio before the first update is exactly 1
     (Huang et al. 2024, https://arxiv.org/abs/2403.17031, detail 7).
     """
+    folder = resolve(spec)
     try:
-        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(_not_a_model(spec, error)) from error
     for name, value in config.to_dict().items():
@@ -53,8 +54,9 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> PreTrainedToke
     A tokenizer without a pad token pads with its EOS token, which is safe here: masks come from lengths, never from
     comparing ids with the pad id.
     """
+    folder = resolve(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(spec), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(_not_a_model(spec, error)) from error
     if tokenizer.eos_token is None:
@@ -69,7 +71,10 @@ def load_tokenizer(spec: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 def _not_a_model(spec: str, error: Exception) -> str:
     if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/"))):
-        return f"`{spec}` is not a model: there is no such folder, and a hub id looks like `owner/name`."
+        return (
+            f"`{spec}` is not a model that can be loaded: there is no such folder, and a hub id looks like "
+            "`owner/name`."
+        )
     return (
         f"`{spec}` is not a model that can be loaded: expected a local folder written by `save_pretrained`, "
         f"`package:NAME`, or the id of a model on the hub. The loader said: {str(error).splitlines()[0]}"

@@ -114,6 +114,12 @@ class CLI(LightningCLI):
                 raise
             raise error.__cause__ from None
 
+    def after_fit(self) -> None:
+        """Write out the W&B run now; at the end of the process it may be too late."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The CSV logger is always there; W&B unless other loggers, or none, are asked for."""
         asked = self._get(self.config_init, "trainer").logger
