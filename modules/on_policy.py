@@ -122,7 +122,7 @@ class OnPolicyModule(TextModule):
         hparams, accumulate = self.hparams, self.trainer.accumulate_grad_batches
         if stage != "predict" and not self.rewards.terms:
             raise ValueError(
-                "`reward` is required to fit, validate or test: a reward model, the dotted path of a function, or a list."
+                "`reward` is required to fit, validate or test: a reward model, a dotted path of a function, or a list."
             )
         minibatches = hparams.rollout_batch_size // hparams.minibatch_size
         if stage == "fit" and minibatches % accumulate:
