@@ -378,8 +378,9 @@ class TestConstructorsSayWhatIsWrong:
 
 
 def test_without_an_account_wandb_writes_to_disk_and_says_where(folder):
-    hidden = ("WANDB_API_KEY", "WANDB_MODE", "NETRC")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"HOME": str(folder)}
+    # WANDB_SERVICE too: it would send the run to the service of another test, which has another working directory.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
+    environment = kept | {"HOME": str(folder)}
     command = [sys.executable, str(ROOT / "train.py"), "fit", *flags("ppo_function"), "--trainer.accelerator=cpu"]
     command += ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.default_root_dir=run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
