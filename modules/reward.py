@@ -45,7 +45,7 @@ class RewardModule(TextModule):
     which i was rated higher.
 
     At the end of every validation the normaliser is fitted: scores of the validation texts then have mean 0 and
-    standard deviation 1. It is saved with the model. Without validation data it stays at mean 0, std 1 of nothing.
+    standard deviation 1. It is saved with the model. Without validation data scores stay raw.
 
     Args:
         model: a hub id, a local folder, `package:NAME`, or a `PreTrainedModel` with a `score` head.

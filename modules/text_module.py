@@ -76,9 +76,7 @@ class TextModule(L.LightningModule):
         # Arguments that are objects (a model, a function) stay out of checkpoints: those load without unpickling.
         self.save_hyperparameters(ignore=_objects_given(self, inspect.currentframe()), logger=False)
         self._model_spec, self._tokenizer_spec = model, tokenizer
-        self.strict_loading = (
-            False  # checkpoints hold only what is trained; on_load_checkpoint checks that it is all there
-        )
+        self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint checks that
         self._means = nn.ModuleDict()
         self._loss_count = 0.0
 
