@@ -8,10 +8,9 @@ import lightning as L
 import torch
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from .samplers import LengthGroupedSampler
+from ..loaders import EvenBatches, ResumableLoader, Rows
 from .sources import Source, describe, fetch_source, iterate, load_source
 from .splits import draw, first_of, hold_out
 
@@ -41,8 +40,9 @@ class TextDataModule(L.LightningDataModule):
         test_data: Test data, given like `data`; None uses the test split of `data`.
         tokenizer: A tokenizer, or the model to take one from (hub id, folder, `package:NAME`); None takes the tokenizer
             of the module under training.
-        batch_size: Rows per training batch and process.
-        val_batch_size: Rows per validation, test and prediction batch and process; None means `batch_size`.
+        batch_size: Most rows per training batch and process. Rows are shared out evenly: each is in one batch, all
+            processes have as many batches, and batches hold at most `batch_size` rows and differ by at most one.
+        val_batch_size: The same of validation, test and prediction batches; None means `batch_size`.
         max_length: Most tokens per sequence; longer ones are cut from the right, and counted in one warning.
         val_share: Share of the rows to hold out for validation if there is no validation data. A hash of the row's text
             (its prompt if it has one) decides, so equal texts stay on one side and the choice never changes.
@@ -135,14 +135,10 @@ class TextDataModule(L.LightningDataModule):
             self._apply_lengths()
 
     def train_dataloader(self) -> Any:
-        """Shuffled by seed and epoch; Lightning tells the sampler the epoch. No row is dropped."""
-        world_size, rank = self.placement()
+        """Shuffled by seed and epoch; Lightning tells the sampler the epoch. A resumed run goes on within the epoch."""
         rows = self.ready("train")
-        placed = {"num_replicas": world_size, "rank": rank, "seed": self.seed}
-        if not self.group_by_length:
-            return self._loader(rows, self.batch_size, DistributedSampler(rows, shuffle=True, **placed))
-        lengths = [len(self.wording(row)) for row in iterate(rows)]
-        return self._loader(rows, self.batch_size, LengthGroupedSampler(rows, lengths, self.batch_size, **placed))
+        lengths = [len(self.wording(row)) for row in iterate(rows)] if self.group_by_length else None
+        return self._loader(rows, self.batch_size, shuffle=True, lengths=lengths)
 
     def val_dataloader(self) -> Any:
         """In order; an empty list, which Lightning skips, if there is no validation data."""
@@ -157,7 +153,7 @@ class TextDataModule(L.LightningDataModule):
         return self._held_out(self._test_rows())
 
     def predict_dataloader(self) -> Any:
-        """As for testing, but Lightning shares rows out, so that none is repeated."""
+        """As for testing, but always in the order of the data."""
         return self._loader(self._test_rows(), self.val_batch_size)
 
     # For subclasses and modules
@@ -238,20 +234,20 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError("there is no test or validation data: give `test_data`, `val_data` or `val_share`")
         return self.ready(split or "test")
 
-    def _held_out(self, rows: Dataset) -> DataLoader:
+    def _held_out(self, rows: Dataset) -> ResumableLoader:
         if self.group_by_length:
             order = sorted(range(len(rows)), key=lambda i: len(self.wording(rows[i])))
             rows = rows.select(order, keep_in_memory=True)
-        # Our own sampler: Lightning adds one only if `use_distributed_sampler` is on; on-policy runs may turn it off.
-        world_size, rank = self.placement()
-        sampler: Any = DistributedSampler(rows, world_size, rank, shuffle=False) if world_size > 1 else None
-        return self._loader(rows, self.val_batch_size, sampler)
+        return self._loader(rows, self.val_batch_size)
 
-    def _loader(self, rows: Dataset, batch_size: int, sampler: DistributedSampler | None = None) -> DataLoader:
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
+    def _loader(
+        self, rows: Dataset, batch_size: int, shuffle: bool = False, lengths: list[int] | None = None
+    ) -> ResumableLoader:
+        # Our own sampler: Lightning adds one only if `use_distributed_sampler` is on, and its own repeats rows.
+        world_size, rank = self.placement()
+        return ResumableLoader(
+            Rows(rows),
+            EvenBatches(len(rows), batch_size, world_size, rank, shuffle, self.seed, lengths=lengths),
             collate_fn=self.collate_function(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

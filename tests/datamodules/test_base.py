@@ -4,14 +4,17 @@ import lightning as L
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DistributedSampler
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_rlhf.datamodules import SFTDataModule, TextDataModule
 from lightning_rlhf.datamodules.splits import hold_out, unit_hash
 
 LETTERS = "abcdefghij"
 ignore_lightning = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*is smaller than the logging interval", "ignore:.*GPU available"
+    "ignore:.*does not have many workers",
+    "ignore:.*is smaller than the logging interval",
+    "ignore:.*GPU available",
+    "ignore:.*when using `ckpt_path`, callbacks used to create the checkpoint",
 )
 
 
@@ -69,7 +72,7 @@ def test_training_order_depends_on_seed_and_epoch_alone(char_tokenizer):
 
     orders = [order(seed, epoch) for seed, epoch in [(0, 0), (0, 1), (5, 0)]]
     assert len(set(orders)) == 3
-    assert all(sorted(found) == list(LETTERS) for found in orders)  # 10 rows by 4: the short last batch is kept
+    assert all(sorted(found) == list(LETTERS) for found in orders)
     torch.manual_seed(99)
     assert order(0, 1) == orders[1]
 
@@ -107,23 +110,73 @@ def test_module_whose_tokenizer_comes_after_setup(char_tokenizer, tmp_path):
     assert late.seen == ["xy"]
 
 
-def test_processes_share_the_rows(char_tokenizer):
-    class Fake:
-        world_size, lightning_module = 2, None
+@ignore_lightning
+@pytest.mark.parametrize("kwargs", [{}, {"group_by_length": True}, {"num_workers": 1}])
+def test_resume_within_an_epoch_goes_on_with_the_next_batch(char_tokenizer, tmp_path, kwargs):
+    data = Dataset.from_dict({"text": [letter * (3 * i % 5 + 1) for i, letter in enumerate(LETTERS[:9])]})
+    whole, rest = Probe(char_tokenizer), Probe(char_tokenizer)
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, max_epochs=2, callbacks=[keep]).fit(whole, datamodule=SFTDataModule(data, batch_size=4, **kwargs))
+    assert [sorted(letters) for letters in whole.seen] == [list(LETTERS[:9])] * 2
+    rest.seen = [""]  # Lightning does not start the epoch a second time
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(
+        rest, datamodule=SFTDataModule(data, batch_size=4, **kwargs), ckpt_path=tmp_path / "step=2.ckpt"
+    )
+    assert rest.seen == [whole.seen[0][6:], whole.seen[1]]  # 9 rows in 3 batches of 3
 
-        def __init__(self, rank):
-            self.global_rank = rank
 
+class Placed:
+    """What a DataModule asks of its trainer."""
+
+    lightning_module = None
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        self.world_size, self.global_rank = world_size, rank
+
+
+def batches_by_process(tokenizer, world_size: int, loader: str, **kwargs) -> list[list[str]]:
     found = []
-    for rank in (0, 1):
-        module = SFTDataModule(texts(), val_data=texts("uvwx"), tokenizer=char_tokenizer)
-        module.trainer = Fake(rank)
+    for rank in range(world_size):
+        module = SFTDataModule(tokenizer=tokenizer, **kwargs)
+        module.trainer = Placed(world_size, rank)
         module.setup()
-        found.append((letters_of(module.train_dataloader()), letters_of(module.val_dataloader())))
-        assert isinstance(module.test_dataloader().sampler, DistributedSampler)
-        assert not isinstance(module.predict_dataloader().sampler, DistributedSampler)
-    assert sorted(found[0][0] + found[1][0]) == list(LETTERS)
-    assert [val for _, val in found] == ["uw", "vx"]
+        found.append([letters_of([batch]) for batch in getattr(module, loader)()])
+    return found
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_rows(char_tokenizer, world_size, group_by_length):
+    options = {"data": texts(), "batch_size": 2, "group_by_length": group_by_length}
+    options |= {"val_data": texts("pqrstuv"), "test_data": texts("vwxyz")}
+    for name, letters in [("train", LETTERS), ("val", "pqrstuv"), ("test", "vwxyz"), ("predict", "vwxyz")]:
+        processes = batches_by_process(char_tokenizer, world_size, f"{name}_dataloader", **options)
+        assert len({len(batches) for batches in processes}) == 1
+        assert "".join(sorted("".join(map("".join, processes)))) == letters
+        if name != "train":
+            assert ["".join(batches) for batches in processes] == [letters[r::world_size] for r in range(world_size)]
+
+
+def test_too_few_rows_for_the_processes(char_tokenizer):
+    with pytest.raises(ValueError, match="2 rows cannot be shared out over 3 processes"):
+        batches_by_process(char_tokenizer, 3, "val_dataloader", data=texts(), val_data=texts("xy"))
+
+
+def test_training_rows_of_like_length_share_a_batch(char_tokenizer):
+    def padded(**kwargs):
+        rows = Dataset.from_dict({"text": [letter * (i % 5 + 1) for i, letter in enumerate(LETTERS * 2)]})
+        batches = make(char_tokenizer, rows, batch_size=4, append_eos=False, **kwargs).train_dataloader()
+        return sum((batch["attention_mask"] == 0).sum().item() for batch in batches)
+
+    assert padded(group_by_length=True) == 0  # 4 rows of each of 5 lengths
+    assert padded() > 0
+
+
+def test_held_out_rows_come_in_order_of_length(char_tokenizer):
+    rows = Dataset.from_dict({"text": ["aaa", "b", "cc", "dddd"]})
+    module = make(char_tokenizer, val_data=rows, test_data=rows, group_by_length=True, batch_size=2)
+    assert letters_of(module.val_dataloader()) == letters_of(module.test_dataloader()) == "bcad"
+    assert letters_of(module.predict_dataloader()) == "abcd"
 
 
 def test_no_tokenizer():
@@ -208,7 +261,7 @@ def test_max_rows(char_tokenizer):
 
 def test_batch_sizes_and_workers(char_tokenizer):
     module = make(char_tokenizer, val_data=texts(), batch_size=4, val_batch_size=5, num_workers=1)
-    assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == [4, 4, 2]
+    assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == [3, 3, 4]
     assert [len(batch["input_ids"]) for batch in module.val_dataloader()] == [5, 5]
     assert module.train_dataloader().num_workers == 1
     assert make(char_tokenizer, batch_size=3).val_batch_size == 3
