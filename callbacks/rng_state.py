@@ -42,8 +42,9 @@ class RNGState(L.Callback):
             return
         if len(ranks) != trainer.world_size:
             rank_zero_warn(
-                f"The checkpoint holds random states of {len(ranks)} ranks, this run has {trainer.world_size}: it will "
-                "not repeat the uninterrupted run's numbers, and ranks beyond the checkpoint's keep their seeded state."
+                f"The checkpoint holds random states of {len(ranks)} ranks, this run has {trainer.world_size}: what "
+                "draws from the global generators (dropout, code of yours) draws other numbers than an uninterrupted "
+                "run. Ranks beyond the checkpoint's keep their seeded state."
             )
         if trainer.global_rank < len(ranks):
             restore_state(ranks[trainer.global_rank])

@@ -5,26 +5,40 @@ every token for values (`Scorer`).
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME
 
 from ..functional import last_index, position_ids
 from ..pretrained import load_config, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NORMALIZER = "reward_normalizer.json"
+"""In an adapter's folder, which has no config.json: with one, transformers would look for the whole model there."""
 
 
 def load_causal_lm(spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a spec (see `lightning_rlhf.pretrained`), dropout off, in `dtype`."""
-    if isinstance(spec, PreTrainedModel):
+    """The causal language model of a spec (see `lightning_rlhf.pretrained`), dropout off, in `dtype`.
+
+    Of a peft adapter's folder it is the base model with the adapter merged into it. Under `torch.device("meta")` it is
+    the model's shape without weights.
+    """
+    if base := adapter_base(spec):
+        return with_adapter(load_causal_lm(base, dtype, trust_remote_code), spec)
+    if torch.get_default_device().type == "meta":
+        config = spec.config if isinstance(spec, PreTrainedModel) else load_config(spec, trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    elif isinstance(spec, PreTrainedModel):
         model = spec.to(DTYPES[dtype])
     else:
         model = AutoModelForCausalLM.from_pretrained(
@@ -46,6 +60,33 @@ def _contiguous(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].contiguous(),)
 
 
+def adapter_base(spec: str | PreTrainedModel) -> str | None:
+    """Where the base model of a peft adapter's folder is; None for any other spec."""
+    if (
+        isinstance(spec, PreTrainedModel)
+        or not Path(spec, ADAPTER_CONFIG).is_file()
+        or Path(spec, CONFIG_NAME).exists()
+    ):
+        return None
+    base = PeftConfig.from_pretrained(spec).base_model_name_or_path
+    if base is None or (Path(base).is_absolute() and not Path(base).exists()):
+        raise ValueError(
+            f"`{spec}` is an adapter, but its base model is not at `{base}`: set `base_model_name_or_path` in its "
+            f"{ADAPTER_CONFIG} to the place where that is."
+        )
+    return base
+
+
+def with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with a peft adapter merged into its weights; a model without weights as it is."""
+    if model.device.type == "meta":
+        return model
+    config = PeftConfig.from_pretrained(folder)
+    config.task_type = None  # peft's class for language models fits no scorer, which may start from one's adapter
+    adapted = PeftModel.from_pretrained(model, folder, config=config, torch_device=str(model.device))
+    return adapted.merge_and_unload().requires_grad_(True)
+
+
 def add_lora(
     model: PreTrainedModel, r: int, alpha: int, target_modules: str | list[str], last_layers: int | None = None
 ) -> PeftModel:
@@ -61,9 +102,16 @@ def add_lora(
         raise ValueError(
             f"`lora_last_layers` must be between 1 and the model's {layers} layers, but got {last_layers}."
         )
-    if last_layers is not None and target_modules == "all-linear":  # peft takes layers only with names
+    if target_modules == "all-linear":
         linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        target_modules = sorted(linear - {"lm_head", "score"})
+        linear -= {"lm_head", "score"}
+        if not linear:
+            raise ValueError(
+                f"`lora_r` must be 0 for a model of type `{model.config.model_type}`, which has no linear layers that "
+                f"adapters could go with, but got {r}."
+            )
+        if last_layers is not None:  # peft takes layers only with names
+            target_modules = sorted(linear)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -82,34 +130,34 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """A model without adapters that computes the same; the given one is left as it is."""
-    if not isinstance(model, PeftModel):
-        return model
-    return copy.deepcopy(model).merge_and_unload()
+def merged(network: "PreTrainedModel | PeftModel | Scorer") -> PreTrainedModel:
+    """A Hugging Face model without adapters that computes the same; the given one is left as it is."""
+    model = network.model if isinstance(network, Scorer) else network
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def frozen_reference(model: PreTrainedModel | PeftModel) -> Callable[[], AbstractContextManager[nn.Module]]:
-    """The policy as it is now, as a context manager: the adapter switched off, or a frozen copy.
+class FrozenReference:
+    """The policy as it is now: the adapter switched off, or a frozen copy.
 
-    The copy lives in a closure, not in the module tree: it is in no optimizer, no checkpoint and no DDP bucket.
+    It is no nn.Module, so the copy is no part of a module that holds it: it is in no optimizer, no checkpoint and no
+    DDP bucket.
+
+        with reference() as network:
+            network(...)
     """
-    if isinstance(model, PeftModel):
 
-        @contextmanager
-        def adapter_off() -> Iterator[nn.Module]:
-            with model.disable_adapter():
-                yield model
-
-        return adapter_off
-
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self._model = model
+        self.copy = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextmanager
-    def frozen_copy() -> Iterator[nn.Module]:
-        yield frozen.to(next(model.parameters()).device)
-
-    return frozen_copy
+    def __call__(self) -> Iterator[nn.Module]:
+        """The reference network, on the policy's device."""
+        if self.copy is not None:
+            yield self.copy.to(next(self._model.parameters()).device)
+            return
+        with self._model.disable_adapter():
+            yield self._model
 
 
 def logits_at(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
@@ -171,27 +219,44 @@ class Scorer(nn.Module):
 
     @classmethod
     def load(cls, spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> "Scorer":
-        """From a reward model's folder, or from a language model, which gets a new head.
+        """From the folder of a reward model, or of its adapter, or from a language model, which gets a new head.
 
-        A new head is drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
+        A new head is drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325). Under
+        `torch.device("meta")` it is the model's shape without weights.
         """
         if isinstance(spec, PreTrainedModel):
             spec.base_model.to(DTYPES[dtype])
             spec.score.float()
             return cls(spec)
+        if base := adapter_base(spec):
+            return cls.load(base, "float32", trust_remote_code).with_adapter(spec, dtype)
         config = load_config(spec, trust_remote_code)
         is_new = not any("SequenceClassification" in name for name in config.architectures or [])
         config.num_labels = 1
         # Loaded in float32 and then narrowed, so that the head keeps every digit: it is small, and it is all there is
         # between the backbone and the reward.
-        model = AutoModelForSequenceClassification.from_pretrained(
-            resolve(spec), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        options = dict(dtype=torch.float32, trust_remote_code=trust_remote_code)
+        if torch.get_default_device().type == "meta":
+            model = AutoModelForSequenceClassification.from_config(config, **options)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(resolve(spec), config=config, **options)
         model.base_model.to(DTYPES[dtype])
         scorer = cls(model)
         if is_new:
             nn.init.normal_(scorer.head.weight, std=(scorer.head.weight.shape[-1] + 1) ** -0.5)
         return scorer
+
+    def with_adapter(self, folder: str, dtype: str) -> "Scorer":
+        """This network with what is in an adapter's folder: LoRA, head, normaliser; its backbone in `dtype`."""
+        scorer = Scorer(with_adapter(self.model, folder))
+        scorer.model.base_model.to(DTYPES[dtype])
+        if (normalizer := Path(folder, NORMALIZER)).is_file():
+            scorer.set_normalizer(**json.loads(normalizer.read_text()))
+        return scorer
+
+    def called_modules(self) -> list[nn.Module]:
+        """The parts that are called as modules, for sharding."""
+        return [unwrapped(self.model).base_model, self.head]
 
     @property
     def head(self) -> nn.Linear:

@@ -1,12 +1,14 @@
 """The data of one on-policy iteration, and the fixed-length data set through which Lightning's loop reads it."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
 
+from ..loaders import EvenBatches, ResumableLoader
 from .rollout import trimmed
 
 
@@ -31,8 +33,40 @@ class Experience(NamedTuple):
     """(B, T)."""
 
 
+class TokenStatistics(NamedTuple):
+    """What the policy and the reference say of sampled responses; float32, (B, T) and 0 outside the mask."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    value_after: Tensor
+    """(B,), the value after the last response token."""
+
+
+def of_all_ranks(experience: Experience) -> Experience:
+    """The experience of all ranks, in order of rank; all must call it."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return experience
+    widest = torch.tensor(experience.prompt_ids.shape[1], device=experience.prompt_ids.device)
+    dist.all_reduce(widest, dist.ReduceOp.MAX)
+    missing = int(widest) - experience.prompt_ids.shape[1]
+    padded = {name: pad(getattr(experience, name), (missing, 0)) for name in ("prompt_ids", "prompt_mask")}
+    return Experience(*map(_gathered, experience._replace(**padded)))
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, rows.contiguous())
+    return torch.cat(of_ranks)
+
+
 class ExperienceDataset(Dataset):
-    """A map-style data set of fixed length whose content is replaced at the start of every epoch."""
+    """A map-style data set of fixed length whose content is replaced at the start of every epoch.
+
+    It holds the experience of all ranks: minibatches are drawn from all of it, so that which sequences meet in one
+    optimizer step does not depend on the number of ranks, and any rank's checkpoint has the whole.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -41,46 +75,18 @@ class ExperienceDataset(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitems__(self, indices: list[int]) -> Experience:
+    def __getitem__(self, rows: list[int]) -> Experience:
         """One minibatch at once: one expression over all fields."""
-        return trimmed(Experience(*(field[indices] for field in self.experience)))
-
-    def __getitem__(self, index: int) -> Experience:
-        return self.__getitems__([index])
+        return trimmed(Experience(*(field[rows] for field in self.experience)))
 
 
-class ShuffledPasses(DistributedSampler):
-    """K passes over a data set, each in a new order that depends on nothing but seed, epoch, rank and pass.
-
-    It is a DistributedSampler of one replica because each rank's experience is its own: Lightning leaves such a sampler
-    as it is and tells it the epoch.
-    """
-
-    def __init__(self, dataset: Dataset, passes: int, seed: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, seed=seed)
-        self.passes, self.stream = passes, rank
-
-    def __iter__(self) -> Iterator[int]:
-        for k in range(self.passes):
-            generator = generator_for(self.seed, self.epoch, self.stream, k)
-            yield from torch.randperm(len(self.dataset), generator=generator).tolist()
-
-    def __len__(self) -> int:
-        return self.passes * len(self.dataset)
-
-
-def experience_loader(dataset: Dataset, batch_size: int, passes: int, seed: int, rank: int) -> DataLoader:
-    """Minibatches of K shuffled passes."""
-    sampler = ShuffledPasses(dataset, passes, seed, rank)
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=_as_it_is)
+def experience_loader(
+    dataset: ExperienceDataset, batch_size: int, passes: int, seed: int, world_size: int, rank: int
+) -> ResumableLoader:
+    """Minibatches of K shuffled passes: this rank's share of each step."""
+    batches = EvenBatches(len(dataset), batch_size, world_size, rank, shuffle=True, seed=seed, passes=passes)
+    return ResumableLoader(dataset, batches, collate_fn=_as_it_is)
 
 
 def _as_it_is(minibatch: Experience) -> Experience:
     return minibatch
-
-
-def generator_for(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends only on its arguments, so that a resumed run draws what an uninterrupted one does."""
-    for number in stream:
-        seed = (seed * 1_000_003 + number % 1_000_003 + 1) % (2**63 - 25)  # never + 0, which would be no stream at all
-    return torch.Generator(device).manual_seed(seed)

@@ -6,10 +6,9 @@ checkpoints, strategies) is Lightning's own. `PromptDataModule` hands over its p
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +25,17 @@ from ..functional import (
     penalize_missing_eos,
     token_logprobs,
 )
-from .backbone import frozen_reference, load_causal_lm, merged, response_outputs
-from .experience import Experience, ExperienceDataset, experience_loader, generator_for
-from .rollout import Rollout, Sampling, sample, texts, trimmed
+from .backbone import FrozenReference, load_causal_lm, response_outputs
+from .checks import require
+from .experience import Experience, ExperienceDataset, TokenStatistics, experience_loader, of_all_ranks
+from .reporting import report
+from .rollout import Rollout, Sampling, row_noise, sample, texts, trimmed
 from .scoring import Scores, WeightedRewards, reward_terms
-from .text_module import TextModule, require
+from .sharding import num_chunks
+from .text_module import TextModule
 
+SLOWEST = dict(sync_dist=True, reduce_fx="max")
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-
-
-class TokenStatistics(NamedTuple):
-    """What the policy and the reference say of sampled responses; float32, (B, T) and 0 outside the mask."""
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    entropy: Tensor
-    values: Tensor
-    value_after: Tensor
-    """(B,), the value after the last response token."""
 
 
 class OnPolicyModule(TextModule):
@@ -71,6 +63,8 @@ class OnPolicyModule(TextModule):
             once.
         **kwargs: see `TextModule`.
     """
+
+    exported = "policy"
 
     def __init__(
         self,
@@ -112,13 +106,15 @@ class OnPolicyModule(TextModule):
         """The last rollout as columns: prompt, response, reward, kl, length, ended, reward/<name>."""
         self.kl_coef = kl_coef
         self.score_moments = [0.0, 0.0, 0.0]  # count, sum, sum of squares of all scores so far
-        self._experience = ExperienceDataset(rollout_batch_size)
+        self._experience: ExperienceDataset | None = None
+        self._resumed: Experience | None = None  # of a checkpoint from within an iteration
         self._prompts: Any = None
 
     # --- building -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check what can be checked before a model is loaded."""
+        super().setup(stage)
         hparams, accumulate = self.hparams, self.trainer.accumulate_grad_batches
         if stage != "predict" and not self.rewards.terms:
             raise ValueError(
@@ -132,13 +128,21 @@ class OnPolicyModule(TextModule):
                 f"{minibatches} / {accumulate} = {minibatches / accumulate:g}."
             )
 
-    def configure_model(self) -> None:
-        """Load the policy, its frozen reference and the reward models."""
-        if self.policy is None:
-            hparams = self.hparams
-            model = load_causal_lm(self._model_spec, hparams.dtype, hparams.trust_remote_code)
-            self.policy = self.prepare_backbone(model)
-            self.reference = frozen_reference(self.policy)
+    def build(self) -> list[nn.Module]:
+        """Load the policy and its frozen reference."""
+        self.policy = self.load_network()
+        self.reference = FrozenReference(self.policy)
+        return [self.policy, *([] if self.reference.copy is None else [self.reference.copy])]
+
+    def load_network(self) -> nn.Module:
+        """The policy before training."""
+        trust = self.hparams.trust_remote_code
+        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
+
+    @property
+    def network(self) -> nn.Module:
+        """What is exported: the policy."""
+        return self.policy
 
     @property
     def sampling(self) -> Sampling:
@@ -152,12 +156,9 @@ class OnPolicyModule(TextModule):
         """Take the stream of prompts, give the loader over the experience. `PromptDataModule` calls this."""
         h = self.hparams
         self._prompts = prompts
-        return experience_loader(self._experience, h.minibatch_size, h.num_passes, self.seed, self.global_rank)
-
-    @property
-    def seed(self) -> int:
-        """What `seed_everything` set; rollouts depend on it, the epoch and the rank, and on no other state."""
-        return torch.initial_seed()
+        ranks = self.trainer.world_size, self.global_rank
+        self._experience = self._experience or ExperienceDataset(h.rollout_batch_size * self.trainer.world_size)
+        return experience_loader(self._experience, h.minibatch_size, h.num_passes, self.seed, *ranks)
 
     # --- one iteration --------------------------------------------------------------------------------------------
 
@@ -165,26 +166,32 @@ class OnPolicyModule(TextModule):
     def rollout_phase(self) -> Iterator[None]:
         """Precision as in a training step, no gradient (inference mode's tensors could not enter autograd later)."""
         self._start = time.perf_counter()
-        with self.trainer.precision_plugin.forward_context(), torch.no_grad():
+        with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights(self.policy):
             yield
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradient
         self._update_start = time.perf_counter()
-        self.log("time/rollout", self._update_start - self._start)
+        self.log("time/rollout", self._update_start - self._start, **SLOWEST)
 
     def next_prompts(self) -> dict[str, Any]:
         """The next prompts of this rank, on its device."""
         batch = self._prompts.take(self.hparams.rollout_batch_size)
         return self.trainer.strategy.batch_to_device(batch)
 
-    def roll_out(self, prompts: dict[str, Any], *stream: int) -> Rollout:
-        """Sample one response per prompt; `stream` numbers the source of randomness."""
-        generator = generator_for(self.seed, *stream, self.global_rank, device=self.device)
-        return sample(self.policy, prompts["input_ids"], prompts["attention_mask"], self.sampling, generator)
+    def roll_out(self, prompts: dict[str, Any], rows: Sequence[int], stream: int) -> Rollout:
+        """Sample one response per prompt. The noise depends on seed, stream and row number, and on no other state."""
+        noise = row_noise(rows, self.hparams.max_new_tokens, self.seed, stream).to(self.device)
+        ids, mask = prompts["input_ids"], prompts["attention_mask"]
+        return sample(self.policy, ids, mask, self.sampling, noise, self.any_rank)
+
+    def own_rows(self) -> range:
+        """Numbers of this rank's responses among those of all ranks in an iteration."""
+        size = self.hparams.rollout_batch_size
+        return range(self.global_rank * size, (self.global_rank + 1) * size)
 
     def score(self, rollout: Rollout, prompts: dict[str, Any]) -> tuple[list[str], Scores]:
         """Responses as text and their rewards."""
         responses = texts(rollout, self.tokenizer)
-        scores = self.rewards.to(self.device)(prompts["prompts"], responses, prompts.get("columns", {}))
+        scores = self.rewards.to(self.device, self.mesh)(prompts["prompts"], responses, prompts.get("columns", {}))
         components = {name: values.to(self.device) for name, values in scores.components.items()}
         return responses, Scores(torch.as_tensor(scores.total, device=self.device), components)
 
@@ -205,10 +212,11 @@ class OnPolicyModule(TextModule):
 
     def token_statistics(self, rollout: Rollout) -> TokenStatistics:
         """One pass of the policy and one of the reference over sampled responses, in chunks."""
-        size, width = self.hparams.forward_batch_size, rollout.response_ids.shape[1]
+        rows, width = rollout.response_ids.shape
+        pieces = num_chunks(rows, self.hparams.forward_batch_size, self.mesh)
         chunks = []
-        for start in range(0, len(rollout.prompt_ids), size):
-            chunk = trimmed(Rollout(*(field[start : start + size] for field in rollout)))
+        for fields in zip(*(field.tensor_split(pieces) for field in rollout), strict=True):
+            chunk = trimmed(Rollout(*fields))
             found = self._chunk_statistics(chunk)
             padding = (0, width - chunk.response_ids.shape[1])
             per_token = [nn.functional.pad(x.masked_fill(~chunk.response_mask, 0), padding) for x in found[:4]]
@@ -238,8 +246,8 @@ class OnPolicyModule(TextModule):
         return torch.zeros(hidden.shape[:2], device=hidden.device)
 
     def fill(self, experience: Experience) -> None:
-        """Give the epoch's batches their content."""
-        self._experience.experience = experience
+        """Give the epoch's batches their content: the experience of all ranks."""
+        self._experience.experience = of_all_ranks(experience)
 
     def kl(self, statistics: TokenStatistics) -> Tensor:
         """(B, T) KL penalty per token, by the estimator of `kl_estimator`."""
@@ -250,41 +258,18 @@ class OnPolicyModule(TextModule):
         hparams = self.hparams
         if hparams.kl_target is None:
             return
-        totals = torch.stack(
-            [masked_sum(kl_k1(*statistics[:2]), mask), torch.tensor(float(len(mask)), device=mask.device)]
-        )
-        total, count = self.sum_over_ranks(totals).tolist()
+        episodes = torch.ones_like(mask[:, 0], dtype=torch.float64).sum()
+        sums = torch.stack([masked_sum(kl_k1(*statistics[:2]), mask).double(), episodes])
+        total, count = self.sum_over_ranks(sums).tolist()
         self.kl_coef = adaptive_kl_coef(self.kl_coef, total / count, hparams.kl_target, hparams.kl_horizon, int(count))
 
     # --- what is seen ---------------------------------------------------------------------------------------------
 
-    def report(
-        self, stage: str, prompts: dict, responses: list[str], rollout: Rollout, scores: Scores, stats: TokenStatistics
-    ) -> dict[str, list]:
-        """Log a rollout's figures under `stage/` and return it as columns."""
-        mask = rollout.response_mask
-        kl = masked_sum(kl_k1(stats.logprobs, stats.ref_logprobs), mask, dim=1)  # (B,) nats per sequence
-        per_sequence = {
-            "reward": scores.total,
-            **{f"reward/{name}": values for name, values in scores.components.items()},
-            "kl": kl,
-            "response_length": mask.sum(1).float(),
-            "eos_rate": rollout.ended.float(),
-        }
-        on_bar = {"reward", "kl"}
-        for name, values in per_sequence.items():
-            self.log_mean(f"{stage}/{name}", values, prog_bar=name in on_bar, batch_size=len(mask))
-        self.log_mean(f"{stage}/kl_k3_per_token", kl_k3(stats.logprobs, stats.ref_logprobs), mask, batch_size=len(mask))
-        self.log_mean(f"{stage}/entropy", stats.entropy, mask, batch_size=len(mask))
-        return {
-            "prompt": prompts["prompts"],
-            "response": responses,
-            "reward": scores.total.tolist(),
-            **{f"reward/{name}": values.tolist() for name, values in scores.components.items()},
-            "kl": kl.tolist(),
-            "length": mask.sum(1).tolist(),
-            "ended": rollout.ended.tolist(),
-        }
+    def on_train_start(self) -> None:
+        """An iteration that a stopped run began goes on with its experience, and is timed from here."""
+        super().on_train_start()
+        self._experience.experience, self._resumed = self._resumed, None
+        self._start = self._update_start = self._update_end = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """The update ends with the last batch; validation may follow before the epoch ends."""
@@ -292,11 +277,12 @@ class OnPolicyModule(TextModule):
 
     def on_train_epoch_end(self) -> None:
         """Time and throughput of the iteration, validation left out."""
-        tokens = float(sum(self.samples["length"]))
-        self.log("time/update", self._update_end - self._update_start)
+        tokens = float(sum(self.samples.get("length", [])))  # none on other ranks that resumed within the iteration
+        self.log("policy/kl_coef", self.kl_coef, sync_dist=True)
+        self.log("time/update", self._update_end - self._update_start, **SLOWEST)
         seconds = self._update_end - self._start
-        self.log("throughput/tokens_per_second", tokens / seconds, sync_dist=True, reduce_fx="sum")
-        self.log("policy/kl_coef", self.kl_coef)
+        if seconds > 0:  # else a resumed run found nothing left to do in this iteration
+            self.log("throughput/tokens_per_second", tokens / seconds, sync_dist=True, reduce_fx="sum")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """Sample on held-out prompts; the same noise meets the same prompts at every evaluation."""
@@ -307,13 +293,16 @@ class OnPolicyModule(TextModule):
         return self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> dict[str, list]:
-        rollout = self.roll_out(batch, -1, batch_idx)
-        responses, scores = self.score(rollout, batch)
-        return self.report(stage, batch, responses, rollout, scores, self.token_statistics(rollout))
+        with self.rollout_weights(self.policy):
+            rollout = self.roll_out(batch, self.next_rows(len(batch["prompts"])), -1)
+            responses, scores = self.score(rollout, batch)
+            statistics = self.token_statistics(rollout)
+        return report(self, stage, batch, responses, rollout, scores, statistics)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """Sampled responses, with their rewards if `reward` is given."""
-        rollout = self.roll_out(batch, -2, batch_idx)
+        with self.rollout_weights(self.policy):
+            rollout = self.roll_out(batch, self.next_rows(len(batch["prompts"])), -2)
         if not self.rewards.terms:
             return {"prompt": batch["prompts"], "response": texts(rollout, self.tokenizer)}
         responses, scores = self.score(rollout, batch)
@@ -322,19 +311,21 @@ class OnPolicyModule(TextModule):
     # --- checkpoints and export -----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The KL coefficient and the score moments go along."""
+        """The KL coefficient and the score moments go along; within an iteration its experience, too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["on_policy"] = {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
+        if self.is_within_epoch():
+            experience = [field.cpu() for field in self._experience.experience]
+            checkpoint["on_policy"] |= {"experience": experience, "samples": self.samples}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The KL coefficient and the score moments come back."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["on_policy"]["kl_coef"]
         self.score_moments = checkpoint["on_policy"]["score_moments"]
-
-    def export(self, folder: Path) -> None:
-        """Write the policy, adapters merged."""
-        merged(self.policy).save_pretrained(folder)
+        if fields := checkpoint["on_policy"].get("experience"):
+            self._resumed = Experience(*(field.to(self.device) for field in fields))
+            self.samples = checkpoint["on_policy"]["samples"] if self.global_rank == 0 else {}
 
 
 def whole_sequences(e: Rollout | Experience) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,11 @@ from ..functional import (
     whiten,
 )
 from .backbone import Scorer
+from .checks import require
 from .experience import Experience
 from .on_policy import OnPolicyModule, whole_sequences
+from .reporting import report
 from .rollout import Rollout
-from .text_module import require
 
 
 class PPOModule(OnPolicyModule):
@@ -92,18 +93,16 @@ class PPOModule(OnPolicyModule):
         self.value: nn.Module | None = None
         self._approx_kl = 0.0
 
-    def configure_model(self) -> None:
+    def build(self) -> list[nn.Module]:
         """Load the policy, then its value head (which starts at 0) or the separate value network."""
-        super().configure_model()
-        if self.value is not None:
-            return
-        hparams = self.hparams
+        networks, hparams = super().build(), self.hparams
         if hparams.value_model:
-            self.value = Scorer.load(hparams.value_model, hparams.dtype, hparams.trust_remote_code).train()
+            self.value = Scorer.load(hparams.value_model, self.backbone_dtype, hparams.trust_remote_code).train()
         else:
-            self.value = nn.Linear(self.policy.config.get_text_config().hidden_size, 1)
+            self.value = nn.Linear(self.policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
             nn.init.zeros_(self.value.weight)
             nn.init.zeros_(self.value.bias)
+        return [*networks, self.value]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimizer, two named groups."""
@@ -122,7 +121,7 @@ class PPOModule(OnPolicyModule):
         hparams = self.hparams
         with self.rollout_phase():
             prompts = self.next_prompts()
-            rollout = self.roll_out(prompts, self.current_epoch)  # 1. sample responses
+            rollout = self.roll_out(prompts, self.own_rows(), self.current_epoch)  # 1. sample responses
             mask = rollout.response_mask
             responses, scores = self.score(rollout, prompts)  # 2. score them
             stats = self.token_statistics(rollout)
@@ -138,8 +137,9 @@ class PPOModule(OnPolicyModule):
         self.fill(
             Experience(*rollout[:4], stats.logprobs, stats.values, advantages, returns)
         )  # 5. update: training_step
-        self.samples = self.report("rollout", prompts, responses, rollout, scores, stats)
-        self.log("value/explained_variance", explained_variance(stats.values, returns, mask, self.sum_over_ranks))
+        self.samples = report(self, "rollout", prompts, responses, rollout, scores, stats)
+        explained = explained_variance(stats.values, returns, mask, self.sum_over_ranks)
+        self.log_mean("value/explained_variance", explained[None], batch_size=1)
         self.control_kl(stats, mask)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
@@ -180,6 +180,16 @@ class PPOModule(OnPolicyModule):
         if target is None or batch_idx == 0 or not starts_a_step or self._approx_kl <= target:
             return None
         return -1  # Lightning skips the rest of the epoch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What early stopping goes by goes along."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["on_policy"]["approx_kl"] = self._approx_kl
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What early stopping goes by comes back."""
+        super().on_load_checkpoint(checkpoint)
+        self._approx_kl = checkpoint["on_policy"]["approx_kl"]
 
     def values(self, e: Rollout | Experience, hidden: Tensor) -> Tensor:
         """(B, T + 1) float32 values before each response token, and after the last."""

@@ -10,7 +10,6 @@ How it departs from InstructGPT (https://arxiv.org/abs/2203.02155):
 """
 
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +62,10 @@ class RewardModule(TextModule):
             self.correlations = nn.ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
         self.agreements = nn.ModuleDict({_agreement_name(g): PairAgreement(g) for g in (0.0, *gaps)})
 
-    def configure_model(self) -> None:
-        """Load the backbone and its head."""
-        if self.network is None:
-            hparams = self.hparams
-            scorer = Scorer.load(self._model_spec, hparams.dtype, hparams.trust_remote_code)
-            self.network = Scorer(self.prepare_backbone(scorer.model))
+    def load_network(self) -> Scorer:
+        """The backbone and its head, with adapters if `lora_r` says so."""
+        scorer = Scorer.load(self._model_spec, self.backbone_dtype, self.hparams.trust_remote_code)
+        return Scorer(self.prepare_backbone(scorer.model))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Normalised scores (B,) of tokenised texts."""
@@ -79,7 +76,6 @@ class RewardModule(TextModule):
         pairs = compare(self.network.raw(batch["input_ids"], batch["attention_mask"]), batch)
         losses = soft_bradley_terry_loss(*pairs)
         self.log_mean("train/agreement", _agrees(pairs), pairs.preference != 0.5, batch_size=1)
-        self.log("train/loss", losses.mean().detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return self.mean_loss(losses.sum(), losses.numel())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -132,10 +128,6 @@ class RewardModule(TextModule):
         """The normaliser comes back."""
         super().on_load_checkpoint(checkpoint)
         self.network.set_normalizer(*checkpoint["normalizer"])
-
-    def export(self, folder: Path) -> None:
-        """Write the reward model with head and normaliser, adapters merged."""
-        self.network.save_pretrained(folder)
 
 
 def compare(raw: Tensor, batch: dict[str, Tensor]) -> Comparisons:

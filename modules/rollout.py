@@ -5,7 +5,7 @@ update are those that were sampled from. (`generate` fills every option that is 
 generation config: a top-p or repetition penalty slips in that way, and KL goes negative.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ..functional import forbid_tokens, position_ids, response_mask
+from ..loaders import generator_for
 
 
 class Sampling(NamedTuple):
@@ -78,7 +79,8 @@ def sample(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    noise: Tensor | torch.Generator | None = None,
+    any_rank: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Sample one response per prompt from softmax(logits / temperature).
 
@@ -87,8 +89,14 @@ def sample(
         prompt_ids: (B, P), left-padded.
         prompt_mask: (B, P), True at prompt tokens.
         sampling: lengths, temperature, EOS.
-        generator: source of randomness; None is torch's global one.
+        noise: (B, max_new_tokens) uniform numbers in [0, 1), see `row_noise`; or a generator that draws them; None is
+            torch's global one.
+        any_rank: tells whether a flag is True on any rank. Needed where a forward pass takes all ranks (sharded
+            weights): the last to finish then decides. None decides alone.
     """
+    if not isinstance(noise, Tensor):
+        shape, device = (len(prompt_ids), sampling.max_new_tokens), prompt_ids.device
+        noise = torch.rand(shape, dtype=torch.float64, device=device, generator=noise)
     was_training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
     mask, tokens = prompt_mask.long(), prompt_ids
@@ -105,11 +113,11 @@ def sample(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        drawn = _draw(out.logits[:, -1:], step, sampling, generator)  # (B, 1)
+        drawn = _draw(out.logits[:, -1:], step, sampling, noise[:, step : step + 1])  # (B, 1)
         tokens = drawn.where(running[:, None], sampling.pad_token_id)
         response.append(tokens)
         running = running & ~torch.isin(drawn[:, 0], torch.tensor(sampling.eos_token_ids, device=drawn.device))
-        if not running.any():
+        if not (running.any() if any_rank is None else any_rank(running.any())):
             break
         mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
         position = position[:, -1:] + 1
@@ -120,7 +128,16 @@ def sample(
     return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running)
 
 
-def _draw(logits: Tensor, step: int, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+def row_noise(rows: Sequence[int], tokens: int, seed: int, *stream: int) -> Tensor:
+    """(B, tokens) uniform numbers that depend on seed, stream and the row's own number.
+
+    With rows numbered over all ranks, a prompt meets the same noise however many ranks share the work.
+    """
+    generators = [generator_for(seed, 1, *stream, row) for row in rows]  # 1: other numbers than those of a shuffle
+    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=generator) for generator in generators])
+
+
+def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> Tensor:
     """Response token number `step`, (B, 1), from logits (B, 1, V), by inverting the cumulative distribution.
 
     One random number per sequence instead of the one per vocabulary entry that `torch.multinomial` draws. A token of
@@ -128,7 +145,6 @@ def _draw(logits: Tensor, step: int, sampling: Sampling, generator: torch.Genera
     """
     logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
     cumulative = (logits[:, 0] / sampling.temperature).softmax(-1).double().cumsum(-1)  # (B, V)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 

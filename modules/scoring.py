@@ -8,9 +8,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..pretrained import PACKAGE_PREFIX, load_tokenizer
 from .backbone import Scorer
+from .sharding import num_chunks, shard, skeleton_unless_first
 
 
 class Scores(NamedTuple):
@@ -84,6 +86,7 @@ class ModelReward:
         self.name = "reward_model"
         self._spec, self._dtype, self._batch_size = model, dtype, batch_size
         self._scorer: Scorer | None = None
+        self._mesh: DeviceMesh | None = None
 
     def _load(self) -> None:
         from .reward import RewardModule  # a reward module is built on this package's parts, not the other way round
@@ -108,10 +111,9 @@ class ModelReward:
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
-        scores = torch.empty(len(ids))
-        for start in range(0, len(order), self._batch_size):
-            chunk = order[start : start + self._batch_size]
-            scores[chunk] = self._score([ids[i] for i in chunk]).cpu()
+        scores = torch.empty(len(ids), dtype=torch.float32)
+        for chunk in torch.tensor(order).tensor_split(num_chunks(len(ids), self._batch_size, self._mesh)):
+            scores[chunk] = self._score([ids[i] for i in chunk.tolist()]).float().cpu()
         return scores
 
     def _score(self, ids: list[list[int]]) -> Tensor:
@@ -121,10 +123,13 @@ class ModelReward:
         padded = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=device)
         return self._scorer(padded, mask)
 
-    def to(self, device: torch.device) -> "ModelReward":
-        """Load the model, if it is not yet, and move it."""
+    def to(self, device: torch.device, mesh: DeviceMesh | None = None) -> "ModelReward":
+        """Load the model, if it is not yet, and move it; under FSDP2 shard it over the ranks of the mesh."""
         if self._scorer is None:
-            self._load()
+            self._mesh = mesh
+            with skeleton_unless_first(mesh):
+                self._load()
+            shard(self._scorer, mesh)
         self._scorer.to(device)
         return self
 
@@ -144,11 +149,11 @@ class WeightedRewards:
         self.terms = dict(zip(_different([term.name for term in terms]), terms, strict=True))
         self.weights = weights
 
-    def to(self, device: torch.device) -> "WeightedRewards":
-        """Move the reward models."""
+    def to(self, device: torch.device, mesh: DeviceMesh | None = None) -> "WeightedRewards":
+        """Move the reward models to a device, or spread them over a mesh."""
         for term in self.terms.values():
             if isinstance(term, ModelReward):
-                term.to(device)
+                term.to(device, mesh)
         return self
 
     def __call__(self, prompts: list[str], responses: list[str], columns: dict[str, list]) -> Scores:

@@ -4,19 +4,18 @@
         --data SFTDataModule --data.data my_answers.csv
 """
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..functional import token_logprobs
-from .backbone import load_causal_lm, logits_at, merged
+from .backbone import load_causal_lm, logits_at
+from .checks import require
 from .metrics import Perplexity
-from .rollout import Sampling, sample, texts
-from .text_module import TextModule, require
+from .rollout import Sampling, row_noise, sample, texts
+from .text_module import TextModule
 
 
 class SFTModule(TextModule):
@@ -43,13 +42,10 @@ class SFTModule(TextModule):
         self.network: nn.Module | None = None
         self._perplexity = Perplexity()
 
-    def configure_model(self) -> None:
-        """Load the language model."""
-        if self.network is None:
-            hparams = self.hparams
-            self.network = self.prepare_backbone(
-                load_causal_lm(self._model_spec, hparams.dtype, hparams.trust_remote_code)
-            )
+    def load_network(self) -> nn.Module:
+        """The language model, with adapters if `lora_r` says so."""
+        trust = self.hparams.trust_remote_code
+        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """(N,) negative log-likelihoods of the N tokens that count."""
@@ -61,7 +57,6 @@ class SFTModule(TextModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed negative log-likelihood of the tokens that count."""
         nll = self(batch)
-        self.log("train/loss", nll.detach().mean(), prog_bar=True, batch_size=len(nll), sync_dist=True)
         return self.mean_loss(nll.sum(), len(nll))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -82,11 +77,8 @@ class SFTModule(TextModule):
         """Sampled completions of the prompts."""
         hparams = self.hparams
         sampling = Sampling.of(self.network, self.tokenizer, hparams.max_new_tokens, temperature=hparams.temperature)
-        seed = torch.initial_seed() + batch_idx * self.trainer.world_size + self.global_rank
-        generator = torch.Generator(self.device).manual_seed(seed % 2**63)
-        rollout = sample(self.network, batch["input_ids"], batch["attention_mask"], sampling, generator)
+        prompts, mask = batch["input_ids"], batch["attention_mask"]
+        noise = row_noise(self.next_rows(len(prompts)), sampling.max_new_tokens, self.seed).to(self.device)
+        with self.rollout_weights(self.network):
+            rollout = sample(self.network, prompts, mask, sampling, noise, self.any_rank)
         return {"prompt": batch["prompts"], "response": texts(rollout, self.tokenizer)}
-
-    def export(self, folder: Path) -> None:
-        """Write the language model, adapters merged."""
-        merged(self.network).save_pretrained(folder)

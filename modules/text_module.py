@@ -2,23 +2,29 @@
 
 import inspect
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ..checkpointing import settle
 from ..functional import masked_sum
 from ..pretrained import load_tokenizer
 from .backbone import DTYPES, add_lora
+from .checks import check_precision, check_strategy, objects_given, require
+from .exporting import save_network
 from .metrics import Mean
-
-Plain = str | int | float | bool | None
+from .precision import HalfBackbone
+from .sharding import is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
 
 
 class TextModule(L.LightningModule):
@@ -31,6 +37,8 @@ class TextModule(L.LightningModule):
        So `accumulate_grad_batches`, the number of ranks and the order of the data change no update, however unequal
        the lengths are.
     2. A checkpoint holds what is trained and nothing else: with LoRA that is the adapters and the heads.
+
+    A subclass builds its networks in `build`; under `--trainer.strategy fsdp2` they are then sharded over the ranks.
 
     Args:
         model: a hub id, a local folder, `package:NAME`, or a `PreTrainedModel`.
@@ -50,6 +58,8 @@ class TextModule(L.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: run Python code that comes with the model. Off for good reason.
     """
+
+    exported = "network"  # the attribute that holds what `load_network` makes
 
     def __init__(
         self,
@@ -74,11 +84,17 @@ class TextModule(L.LightningModule):
         require("learning_rate", learning_rate >= 0, "at least 0", learning_rate)
         require("warmup_ratio", 0 <= warmup_ratio <= 1, "between 0 and 1", warmup_ratio)
         # Arguments that are objects (a model, a function) stay out of checkpoints: those load without unpickling.
-        self.save_hyperparameters(ignore=_objects_given(self, inspect.currentframe()), logger=False)
+        self.save_hyperparameters(ignore=objects_given(self, inspect.currentframe()), logger=False)
         self._model_spec, self._tokenizer_spec = model, tokenizer
         self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint checks that
         self._means = nn.ModuleDict()
-        self._loss_count = 0.0
+        self._resumed_place: dict[str, int] = {}
+        self._resumed_sums: dict[str, tuple[float, float]] = {}
+        self._loss: Tensor | float = 0.0  # sum and count since the last optimizer step
+        self._is_built = False
+        self._rows_seen = 0
+        self._seed: int | None = None
+        self.any_rank: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,6 +105,44 @@ class TextModule(L.LightningModule):
         return load_tokenizer(spec, self.hparams.trust_remote_code) if isinstance(spec, str) else spec
 
     # --- building -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail later, or silently train something else."""
+        check_strategy(self.trainer, self.device_mesh)
+        precision = self.trainer.precision_plugin
+        check_precision(precision.precision, self.hparams.dtype, self.mesh)
+        if isinstance(precision, HalfPrecision):
+            self.trainer.strategy.precision_plugin = HalfBackbone(precision.precision)
+
+    def configure_model(self) -> None:
+        """Build the networks, once; under FSDP2 shard them over the ranks."""
+        if self._is_built:
+            return
+        with skeleton_unless_first(self.mesh):
+            networks = self.build()
+        for network in networks:
+            shard(network, self.mesh)
+        self._is_built = True
+
+    def build(self) -> list[nn.Module]:
+        """Load the networks, keep them as attributes, and return those that are to be sharded under FSDP2."""
+        self.network = self.load_network()
+        return [self.network]
+
+    def load_network(self) -> nn.Module:
+        """The network that is trained and exported, as it is before training; shapes only under a meta device."""
+        raise NotImplementedError
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The ranks over which FSDP2 shards; None without it."""
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
+
+    @property
+    def backbone_dtype(self) -> str:
+        """`dtype`, or that of the Trainer's `bf16-true`."""
+        precision = self._trainer.precision_plugin.precision if self._trainer else None
+        return {"bf16-true": "bfloat16", "16-true": "float16"}.get(precision, self.hparams.dtype)
 
     def prepare_backbone(self, model: PreTrainedModel) -> nn.Module:
         """LoRA and gradient checkpointing as the flags say."""
@@ -128,19 +182,21 @@ class TextModule(L.LightningModule):
     # --- the loss is a global mean --------------------------------------------------------------------------------
 
     def mean_loss(self, total: Tensor, count: Tensor | int) -> Tensor:
-        """Hand a training step's summed loss to Lightning, and remember how many items it sums."""
-        self._loss_count = self._loss_count + torch.as_tensor(count, dtype=torch.float64).detach()
+        """Hand a training step's summed loss to Lightning, and remember it and how many items it sums."""
+        count = torch.as_tensor(count, device=total.device)
+        self._loss = self._loss + torch.stack([total.detach().double(), count.double()])
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the summed gradient by the global count, before it is clipped."""
-        count = self.sum_over_ranks(torch.as_tensor(self._loss_count, device=self.device)).clamp(min=1)
-        self._loss_count = 0.0
+        total, count = self.sum_over_ranks(self._loss).tolist()
+        self._loss = 0.0
+        self.log("train/loss", total / max(count, 1), prog_bar=True)
         # Lightning divided each micro-batch by their number, and the strategy averaged the gradients over ranks.
         undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
         for parameter in self.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(undo / count.item())
+                parameter.grad.mul_(undo / max(count, 1))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks; the tensor itself in one process."""
@@ -148,27 +204,87 @@ class TextModule(L.LightningModule):
             return values
         return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
 
+    @property
+    def seed(self) -> int:
+        """What `seed_everything` set; without it, what rank 0 drew."""
+        if self._seed is None:
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        return self._seed
+
+    @contextmanager
+    def rollout_weights(self, network: nn.Module) -> Iterator[None]:
+        """Sampling under FSDP2: weights gathered once, or, where they fit no device, all ranks in step."""
+        if not is_sharded(network):
+            yield
+        elif getattr(self.trainer.strategy, "unshard_rollouts", True):
+            # Inference mode, in which Lightning may evaluate, would leave tensors that no later backward could use.
+            with torch.inference_mode(False), torch.no_grad(), unsharded(network):
+                yield
+        else:
+            self.any_rank = lambda flag: self.sum_over_ranks(flag.double()) > 0
+            yield
+            self.any_rank = None
+
     def log_mean(self, name: str, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> None:
         """Log the mean over the True entries of the mask, exact over batches and ranks: sum and count stay apart."""
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        key = name.replace("/", "_")
-        if key not in self._means:
-            self._means[key] = Mean().to(values.device)
-        self._means[key].update(masked_sum(values.detach(), mask), mask.sum())
+        self._log_sums(name, masked_sum(values.detach(), mask), mask.sum(), **kwargs)
+
+    def _log_sums(self, name: str, total: Tensor, count: Tensor, **kwargs: Any) -> None:
+        if name not in self._means:
+            self._means[name] = Mean().to(total.device)
+        self._means[name].update(total, count)
         # Lightning looks up a metric's name only once; this one may be younger than that.
-        self.log(name, self._means[key], on_step=False, on_epoch=True, metric_attribute=f"_means.{key}", **kwargs)
+        self.log(name, self._means[name], on_step=False, on_epoch=True, metric_attribute=f"_means.{name}", **kwargs)
+
+    def on_train_start(self) -> None:
+        """An epoch that a stopped run began goes on where it stood: its loader, and its means."""
+        if self._resumed_place:
+            # Lightning does so too, but not if the loader is there before the checkpoint is read; and it is, since
+            # `configure_optimizers` asks for the length of the run.
+            self.trainer.train_dataloader.load_state_dict(self._resumed_place)
+        self._resumed_place = {}
+        for name, sums in self._resumed_sums.items():
+            total, count = torch.tensor(sums, dtype=torch.float64, device=self.device) * (self.global_rank == 0)
+            self._log_sums(name, total, count, batch_size=1)
+        self._resumed_sums = {}
+
+    def _place(self) -> dict[str, int]:
+        return getattr(self.trainer.train_dataloader, "state_dict", dict)()
+
+    def is_within_epoch(self) -> bool:
+        """Whether some of the epoch's batches are done, and others are not."""
+        place = self._place()
+        return 0 < place.get("batches", 0) < place.get("of", 0)
+
+    # --- rows of an evaluation --------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Number the rows anew."""
+        self._rows_seen = 0
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def next_rows(self, count: int) -> list[int]:
+        """Numbers of the next rows of this rank in an evaluation: row i of the data is on rank i % world_size."""
+        first, self._rows_seen = self._rows_seen, self._rows_seen + count
+        return [(first + i) * self.trainer.world_size + self.global_rank for i in range(count)]
 
     # --- checkpoints and export -----------------------------------------------------------------------------------
 
     def trained_names(self) -> set[str]:
         """Names in the state dict of what is trained."""
-        return {name for name, value in self.state_dict(keep_vars=True).items() if value.requires_grad}
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained."""
         trained = self.trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["module_class"] = type(self).__name__
+        checkpoint["module_class"], checkpoint["dtype"] = type(self).__name__, self.backbone_dtype
+        checkpoint["place"] = self._place()
+        if self.is_within_epoch():
+            sums = {name: self.sum_over_ranks(mean.sums).tolist() for name, mean in self._means.items()}
+            checkpoint["epoch_sums"] = {name: (total, count) for name, (total, count) in sums.items() if count}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another module, or of another network."""
@@ -180,38 +296,18 @@ class TextModule(L.LightningModule):
                 f"{len(missing)} of its trained tensors are not in the file{_examples(missing)}. Give the checkpoint "
                 "of the same module, with the same `model` and `lora_r`."
             )
+        settle(checkpoint)
+        self._resumed_place, self._resumed_sums = checkpoint["place"], checkpoint.get("epoch_sums", {})
         # What is frozen comes from the model itself: with it the file is whole, and Lightning has nothing to warn of.
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder: weights (LoRA merged), config and tokenizer. Call it on all ranks."""
+    def save_pretrained(self, folder: str | Path, merge: bool = True) -> None:
+        """Write a Hugging Face folder: weights (LoRA merged, or only the adapter), config, tokenizer. On all ranks."""
+        require("merge", merge or self.hparams.lora_r > 0, "True, for there is no adapter (`lora_r` is 0)", merge)
+        network = whole_copy(self.network, self.load_network) if is_sharded(self.network) else self.network
         if rank_zero_only.rank == 0:
-            self.export(Path(folder))
+            save_network(network, folder, base=None if merge else self._model_spec)
             self.tokenizer.save_pretrained(folder)
-
-    def export(self, folder: Path) -> None:
-        """Write the network itself."""
-        raise NotImplementedError
-
-
-def require(name: str, holds: bool, expected: str, got: object) -> None:
-    """ValueError that names the argument, what was expected and what came."""
-    if not holds:
-        raise ValueError(f"`{name}` must be {expected}, but got {got!r}.")
-
-
-def _objects_given(self: object, frame: FrameType | None) -> list[str]:
-    """Names of the constructor arguments, of this class and its subclasses, that are no plain values."""
-    names = []
-    while frame is not None and frame.f_locals.get("self") is self and frame.f_code.co_name == "__init__":
-        given = frame.f_locals | frame.f_locals.get("kwargs", {})
-        names += [name for name, value in given.items() if name != "kwargs" and not _is_plain(value)]
-        frame = frame.f_back
-    return names
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Plain) or (isinstance(value, list | tuple) and all(_is_plain(v) for v in value))
 
 
 def _examples(names: set[str]) -> str:

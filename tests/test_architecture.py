@@ -162,5 +162,5 @@ def arguments_described(shipped: type) -> set[str]:
 def test_tests_mirror_the_tree():
     tests = Path(__file__).parent
     folders = {folder.name for folder in tests.iterdir() if folder.is_dir() and folder.name != "__pycache__"}
-    assert folders <= set(PACKAGES) | {"benchmarks"}
+    assert folders <= set(PACKAGES) | {"benchmarks", "distributed"}
     assert not list(tests.rglob("__init__.py"))

@@ -9,15 +9,16 @@ from conftest import make_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_rlhf.modules.backbone import (
+    FrozenReference,
     Scorer,
     add_lora,
-    frozen_reference,
     load_causal_lm,
     logits_at,
     merged,
     response_outputs,
     unwrapped,
 )
+from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -66,6 +67,14 @@ def test_a_scalar_head_is_trained_whole_beside_the_adapters(reward_folder, targe
     assert [name for name in trained if "lora_" not in name] == ["base_model.model.score.weight"]
 
 
+@pytest.mark.parametrize("last_layers", [None, 1])
+@pytest.mark.parametrize("kind", [LSTMForCausalLM, LSTMForSequenceClassification])
+def test_a_model_without_linear_layers_takes_no_adapters(kind, last_layers):
+    model = kind(LSTMConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_labels=1))
+    with pytest.raises(ValueError, match=r"`lora_r` must be 0 for a model of type `lightning_rlhf_lstm`.* but got 4"):
+        add_lora(model, 4, 8, "all-linear", last_layers)
+
+
 def test_merging_computes_the_same_and_leaves_the_given_model_alone():
     model = adapted()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -83,7 +92,7 @@ def test_merging_computes_the_same_and_leaves_the_given_model_alone():
 def test_the_reference_stays_where_the_policy_was():
     model = make_llama(vocab_size=8)
     before = logits(model)
-    reference = frozen_reference(model)
+    reference = FrozenReference(model)
     model.lm_head.weight.data.mul_(2)
     with reference() as frozen:
         assert torch.equal(logits(frozen), before)
@@ -96,7 +105,7 @@ def test_the_reference_stays_where_the_policy_was():
 def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter():
     model = adapted()
     on = logits(model)
-    with frozen_reference(model)() as frozen:
+    with FrozenReference(model)() as frozen:
         assert frozen is model
         torch.testing.assert_close(logits(frozen), logits(make_llama(vocab_size=8)))
     assert torch.equal(logits(model), on)
@@ -106,7 +115,7 @@ def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter():
 def test_an_error_in_the_reference_leaves_the_adapter_on():
     model = adapted()
     on = logits(model)
-    with pytest.raises(RuntimeError), frozen_reference(model)():
+    with pytest.raises(RuntimeError), FrozenReference(model)():
         raise RuntimeError
     assert torch.equal(logits(model), on)
 

@@ -381,9 +381,9 @@ def test_options_of_sampling_show_in_the_samples(ppo, fit):
     lengths = {
         name: fit(ppo(learning_rate=0.0, **options)).samples["length"]
         for name, options in {
-            "plain": {},
+            "plain": {"rollout_batch_size": 48},
             "longest": {"max_new_tokens": 3},
-            "least": {"min_new_tokens": 4},
+            "least": {"min_new_tokens": 4, "rollout_batch_size": 48},
             "more": {"rollout_batch_size": 8},
         }.items()
     }

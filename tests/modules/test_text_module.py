@@ -209,6 +209,9 @@ class Logs(TextModule):
         super().__init__(model)
         self.parameter = torch.nn.Parameter(torch.ones(()))
 
+    def build(self):
+        return []
+
     def training_step(self, batch, batch_idx):
         self.log_mean("a/b", batch["x"], batch["mask"], batch_size=1)
         return self.mean_loss(self.parameter * batch["x"][batch["mask"]].sum(), batch["mask"].sum())
@@ -257,6 +260,6 @@ def test_checkpoints_of_another_library_are_refused(sft, fit, tmp_path):
         SFTModule.load_from_checkpoint(tmp_path / "b.ckpt", weights_only=True)
 
 
-def test_export_is_for_subclasses(policy):
+def test_building_is_for_subclasses(policy):
     with pytest.raises(NotImplementedError):
-        TextModule(policy).save_pretrained("nowhere")
+        TextModule(policy).configure_model()

@@ -1,0 +1,39 @@
+"""What is seen of a rollout: logged figures, and the samples as columns."""
+
+from typing import Any
+
+from ..functional import kl_k1, kl_k3, masked_sum
+from .experience import TokenStatistics
+from .rollout import Rollout
+from .scoring import Scores
+from .text_module import TextModule
+
+ON_BAR = ("reward", "kl")
+
+
+def report(
+    module: TextModule,
+    stage: str,
+    prompts: dict[str, Any],
+    responses: list[str],
+    rollout: Rollout,
+    scores: Scores,
+    statistics: TokenStatistics,
+) -> dict[str, list]:
+    """Log a rollout's figures under `stage/`, and return its samples as columns: prompt, response, reward, kl, ..."""
+    mask, logprobs = rollout.response_mask, statistics[:2]
+    components = {f"reward/{name}": values for name, values in scores.components.items()}
+    kl = masked_sum(kl_k1(*logprobs), mask, dim=1)  # (B,) nats per sequence
+    lengths = mask.sum(1)
+    per_sequence = {"reward": scores.total, **components, "kl": kl}
+    per_sequence |= {"response_length": lengths.float(), "eos_rate": rollout.ended.float()}
+    for name, values in per_sequence.items():
+        module.log_mean(f"{stage}/{name}", values, prog_bar=name in ON_BAR, batch_size=len(mask))
+    for name, values in {"kl_k3_per_token": kl_k3(*logprobs), "entropy": statistics.entropy}.items():
+        module.log_mean(f"{stage}/{name}", values, mask, batch_size=len(mask))
+    columns = {"reward": scores.total, **components, "kl": kl, "length": lengths, "ended": rollout.ended}
+    return {
+        "prompt": prompts["prompts"],
+        "response": responses,
+        **{name: values.tolist() for name, values in columns.items()},
+    }
