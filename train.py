@@ -1,10 +1,12 @@
 """The command line: `python train.py fit --config configs/demo/ppo.yaml`, or `lightning-rlhf fit ...`.
 
 Subcommands are the Trainer's own: fit, validate, test, predict. `--model PPOModule` and `--data PromptDataModule`
-choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run.
+choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run. One more,
+`export`, writes a checkpoint's model as a Hugging Face folder.
 """
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -19,17 +21,22 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_rlhf import callbacks, datamodules, modules
 from lightning_rlhf.callbacks import (
     HuggingFaceExport,
     JSONLinesWriter,
+    Preemption,
     ProgressBar,
     RNGState,
     SampleTable,
     StageSummary,
 )
+from lightning_rlhf.checkpointing import AtomicCheckpointIO, recover
+from lightning_rlhf.export import export
+from lightning_rlhf.failures import NoteFailure, guard
 
 # Importing them makes their short names known to the parser.
 SHIPPED = {
@@ -90,14 +97,31 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: in Lightning, what a checkpoint says wins over the flags, even over which `--model` it is."""
 
+    def setup_parser(self, *args: Any) -> None:
+        """`--help` lists `export`, too; `run` takes it before it comes to this parser."""
+        super().setup_parser(*args)
+        parser = export_parser()
+        self.parser._subcommands_action.add_subcommand("export", parser, help=parser.description)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--checkpoint.*` are ModelCheckpoint's arguments."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}-{step}"})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "{epoch}-{step}",
+                # By default Lightning saves where it validates: with validation every 50 epochs, every 50 epochs.
+                "checkpoint.save_on_train_epoch_end": True,
+            }
+        )
 
     def before_instantiate_classes(self) -> None:
         """Everything of a run goes to `--trainer.default_root_dir`; by default runs/<the module's name>."""
         config = self.config[self.subcommand]
+        if str(config.trainer.strategy).startswith(("fsdp_", "deepspeed")) or config.trainer.strategy == "fsdp":
+            raise ValueError(
+                f"`--trainer.strategy {config.trainer.strategy}` is not supported: for sharded weights use `fsdp2`."
+            )
         name = config.model.class_path.rpartition(".")[2]
         root = Path(config.trainer.default_root_dir or Path("runs") / name)
         config.trainer.default_root_dir = str(root)
@@ -132,7 +156,29 @@ class CLI(LightningCLI):
             loggers.append(wandb_logger(root))
         elif asked:
             loggers += asked if isinstance(asked, list) else [asked]
-        return super().instantiate_trainer(logger=loggers, **kwargs)
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        if self.subcommand == "fit":
+            rank_zero_only(recover)(Path(checkpoint.dirpath))
+        self._leave_out_what_is_off()
+        return self._refuse_other_precision(super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs))
+
+    def _refuse_other_precision(self, trainer: L.Trainer) -> L.Trainer:
+        asked = str(self._get(self.config_init, "trainer").precision)
+        if asked in ("16", "16-mixed") and trainer.precision != "16-mixed":
+            raise ValueError("`--trainer.precision 16-mixed` needs a GPU; on a CPU use `bf16-mixed`.")
+        return trainer
+
+    def _leave_out_what_is_off(self) -> None:
+        """A progress bar or ModelCheckpoint among the callbacks is an error where the Trainer's flag says none."""
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.enable_progress_bar is False:
+            kept = [c for c in self.trainer_defaults["callbacks"] if not isinstance(c, ProgressBar)]
+            self.trainer_defaults["callbacks"] = kept
+        if trainer.enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
 
 
 def csv_logger(folder: Path) -> CSVLogger:
@@ -159,11 +205,33 @@ def _has_wandb_credentials() -> bool:
     return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
 
 
-def main(args: list[str] | None = None) -> CLI:
-    """Parse the command line and run it."""
+def main(args: list[str] | None = None) -> CLI | None:
+    """Run this process's command line; or `args`, for callers in Python: those get exceptions, and the CLI object."""
+    if args is not None:
+        return run(args)
+    guard(run)
+    return None  # what a console script returns is its exit code
+
+
+def export_parser() -> Parser:
+    """The flags of `export` are its arguments."""
+    parser = Parser(prog="train.py export", description=inspect.getdoc(export).partition("\n")[0])
+    parser.add_function_arguments(export)
+    return parser
+
+
+def run(args: list[str] | None = None) -> CLI | None:
+    """Parse a command line and run it."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning's way to call torch
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a new head is reported as a table of missing weights
     datasets.disable_progress_bars()
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["export"]:
+        flags = export_parser().parse_args(given[1:])
+        export(**flags)
+        rank_zero_info(f"The model is in {flags.folder}")
+        return None
     return CLI(
         L.LightningModule,
         L.LightningDataModule,
@@ -180,8 +248,10 @@ def main(args: list[str] | None = None) -> CLI:
                 SampleTable(),
                 HuggingFaceExport(),
                 RNGState(),
+                Preemption(),
                 JSONLinesWriter(),
                 StageSummary(),
+                NoteFailure(),
             ]
         },
         args=args,

@@ -9,12 +9,14 @@ Take any of them out and the parameters of an uninterrupted run stay the same bi
     summary.py      the final figures of a stage, to the terminal and summary.json
     progress.py     a progress bar with the figures that matter
     export.py       the trained model as a Hugging Face folder
+    preemption.py   SIGTERM and SLURM's requeue signal: save and stop, so that the run can go on
     predictions.py  what `predict` returns, as JSON lines
     rng_state.py    random number generators in the checkpoint, so that a resumed run continues exactly
 """
 
 from .export import HuggingFaceExport
 from .predictions import JSONLinesWriter
+from .preemption import Preemption
 from .progress import ProgressBar
 from .report import PPOReport
 from .rng_state import RNGState
@@ -25,6 +27,7 @@ __all__ = [
     "HuggingFaceExport",
     "JSONLinesWriter",
     "PPOReport",
+    "Preemption",
     "ProgressBar",
     "RNGState",
     "SampleTable",
