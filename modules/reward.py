@@ -109,7 +109,7 @@ class RewardModule(TextModule):
         mean, std = (float(x) for x in self.reference_moments.compute())
         self.reference_moments.reset()
         self.network.set_normalizer(mean, std if std > 0 else 1.0)
-        self.log_dict({"val/raw_mean": mean, "val/raw_std": std})
+        self.log_dict({"val/raw_mean": mean, "val/raw_std": std}, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """Texts and their scores."""
