@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -13,7 +13,12 @@ from datasets import Dataset, DatasetDict
 
 from . import vader
 
-Source: TypeAlias = str | Dataset | DatasetDict
+if TYPE_CHECKING:
+    Source: TypeAlias = str | Dataset | DatasetDict
+else:
+    # For the command line: where it sees a class, it takes a file's name for that of a configuration of the class, and
+    # gives us the file's content.
+    Source: TypeAlias = str | Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}

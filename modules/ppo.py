@@ -97,7 +97,8 @@ class PPOModule(OnPolicyModule):
         """Load the policy, then its value head (which starts at 0) or the separate value network."""
         networks, hparams = super().build(), self.hparams
         if hparams.value_model:
-            self.value = Scorer.load(hparams.value_model, self.backbone_dtype, hparams.trust_remote_code).train()
+            self.value = Scorer.load(hparams.value_model, self.backbone_dtype, hparams.trust_remote_code)
+            self.prepare_training(self.value.model)
         else:
             self.value = nn.Linear(self.policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
             nn.init.zeros_(self.value.weight)

@@ -147,13 +147,17 @@ class TextModule(L.LightningModule):
     def prepare_backbone(self, model: PreTrainedModel) -> nn.Module:
         """LoRA and gradient checkpointing as the flags say."""
         hparams = self.hparams
-        model.train()  # gradient checkpointing does nothing in eval mode; dropout is 0 anyway
-        if hparams.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.prepare_training(model)
         if not hparams.lora_r:
             return model
         targets = hparams.lora_target_modules
         return add_lora(model, hparams.lora_r, hparams.lora_alpha, targets, hparams.lora_last_layers)
+
+    def prepare_training(self, model: PreTrainedModel) -> None:
+        """Gradient checkpointing as the flag says."""
+        model.train()  # it does nothing in eval mode; dropout is 0 anyway
+        if self.hparams.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; a subclass with several learning rates names them here."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -389,3 +390,46 @@ def test_without_an_account_wandb_writes_to_disk_and_says_where(folder):
     (offline,) = Path("run/wandb").glob("offline-run-*")
     assert next(offline.glob("*.wandb")).stat().st_size > 0
     assert Path("run/metrics.csv").is_file()
+
+
+def test_a_csv_needs_no_flags_but_its_name():
+    Path("rows.csv").write_text("input,output\n" + "".join(f"question {i},answer {i}\n" for i in range(40)))
+    arguments = ["--model=SFTModule", "--model.model=lm", "--data=SFTDataModule", "--data.data=rows.csv"]
+    cli = run("fit", *arguments)
+    assert cli.datamodule.sources["data"] == "rows.csv"
+    assert len(cli.datamodule.rows["train"]) == 40
+
+
+def test_a_checkpoint_may_be_a_reward():
+    run("fit", *flags("pairs"))
+    Path("run/checkpoints/last.ckpt").rename("reward.ckpt")
+    cli = run("fit", *flags("ppo_function"), "--model.reward=reward.ckpt")
+    assert list(cli.model.rewards.terms) == ["reward_model"]
+    assert json.loads(Path("run/summary.json").read_text())["rollout/reward"] is not None
+
+
+@pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing"])
+def test_what_a_trainer_flag_turns_off_is_off(flag):
+    cli = run("fit", *flags("sft"), f"--trainer.{flag}=false")
+    assert (cli.trainer.progress_bar_callback is None) == (flag == "enable_progress_bar")
+    assert Path("run/checkpoints").exists() == (flag != "enable_checkpointing")
+
+
+def test_checkpoints_are_saved_at_the_end_of_every_epoch():
+    often = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=3", "--checkpoint.save_top_k=-1"]
+    run("fit", *flags("sft"), *often)
+    assert len(list(Path("run/checkpoints").glob("epoch=*.ckpt"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.strategy=fsdp"], "`--trainer.strategy fsdp` is not supported: for sharded weights use `fsdp2`"),
+        (["--trainer.strategy=deepspeed_stage_2"], "use `fsdp2`"),
+        (["--trainer.precision=16-mixed"], "16-mixed` needs a GPU; on a CPU use `bf16-mixed`"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You passed .*16-mixed")
+def test_what_cannot_work_is_refused_with_what_can(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run("fit", *flags("sft"), *arguments)

@@ -589,12 +589,15 @@ def test_value_learning_rate_is_the_values_own(ppo, fit):
     assert still["policy.lm_head.weight"] == pytest.approx(1e-2, rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_no_gradient(ppo, fit, moved, new_gradients):
+@pytest.mark.parametrize("network", ["policy", "value"])
+def test_gradient_checkpointing_changes_no_gradient(ppo, fit, moved, new_gradients, reward_folder, network):
     found = []
     for on in (False, True):
         watch, calls = new_gradients(), []
-        module = moved(ppo(learning_rate=0.0, gradient_checkpointing=on, minibatch_size=6))
-        layer = module.policy.model.layers[0].mlp
+        options = {"value_model": reward_folder} if network == "value" else {}
+        module = moved(ppo(learning_rate=0.0, gradient_checkpointing=on, minibatch_size=6, **options))
+        model = module.policy if network == "policy" else module.value.model
+        layer = model.model.layers[0].mlp
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
         fit(module, callbacks=[watch])
         found.append((watch.steps[0], sum(calls)))
