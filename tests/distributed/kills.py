@@ -18,16 +18,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from trainings import TEXTS, make_models
+
 from lightning_rlhf.modules import rollout
 from lightning_rlhf.train import main
-from runs import TEXTS, make_models
 
 COMMON = (
     "--trainer.accelerator=cpu --trainer.logger=false --trainer.enable_progress_bar=false --trainer.log_every_n_steps=1"
     " --trainer.max_epochs=4 --seed_everything=5 --ckpt_path=last --checkpoint.save_top_k=1"
 )
 FLAGS = {
-    "ppo": "--model=PPOModule --model.learning_rate=0.05 --model.model={0}/policy --model.reward=runs.letters"
+    "ppo": "--model=PPOModule --model.learning_rate=0.05 --model.model={0}/policy --model.reward=trainings.letters"
     " --model.rollout_batch_size=8"
     " --model.minibatch_size=4 --model.num_passes=2 --model.max_new_tokens=6 --model.normalize_scores=true"
     " --model.kl_target=1 --data=PromptDataModule --data.data={0}/prompts.jsonl --data.val_data={0}/prompts.jsonl",

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_rlhf.checkpointing import load_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import RUNS, make_models, run
+from trainings import RUNS, make_models, run
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers")]
-SCRIPT = Path(__file__).with_name("runs.py")
+SCRIPT = Path(__file__).with_name("trainings.py")
 # Ratings compare the texts of one rank's batch with each other: there two ranks are one with accumulation.
 ALONE = {"ratings": dict(accumulate=2)}
 TWO = {f"{name} {kind}": dict(name=name, strategy=kind) for name in RUNS for kind in ("ddp", "fsdp2")}

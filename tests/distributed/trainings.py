@@ -1,6 +1,6 @@
 """Short trainings of every module, the same on one process and on two; as a script, one of several processes.
 
-python runs.py TASKS.json OUT     for each task, the arguments of `run`; the results go to OUT.<rank>
+python trainings.py TASKS.json OUT     for each task, the arguments of `run`; the results go to OUT.<rank>
 """
 
 import json
