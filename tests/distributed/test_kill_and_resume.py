@@ -45,7 +45,7 @@ def metrics(trial: dict) -> dict[tuple[int, str], str]:
     """All that was logged, by step and name; what a later start logged again replaces the earlier."""
     root, found = Path(trial["root"]), {}
     earlier = sorted(root.glob("metrics_*.csv"), key=lambda path: int(path.stem.partition("_")[2]))
-    for path in [*earlier, root / "metrics.csv"]:
+    for path in [*earlier, *root.glob("metrics.csv")]:  # none of a start that found nothing left to do
         with path.open() as file:
             for row in csv.DictReader(file):
                 values = {name: value for name, value in row.items() if value and name not in ("step", "epoch")}
