@@ -45,9 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             partial.unlink()  # a disk that is full should not stay so
             raise
-        if path.is_dir():
-            shutil.rmtree(path)
-        partial.replace(path)
+        take_name(partial, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -111,34 +109,49 @@ def save_folder(checkpoint: dict[str, Any], path: Path) -> None:
     dcp.save(tensors, checkpoint_id=partial)
     if first:
         torch.save(rest, partial / REST)
-        replace_folder(partial, path)
+        take_name(partial, path)
     _barrier()
 
 
-def replace_folder(new: Path, path: Path) -> None:
-    """Let a folder take the name of another."""
+def take_name(new: Path, path: Path) -> None:
+    """Let a written file or folder take the place of an older one."""
+    if not path.is_dir() and not new.is_dir():
+        new.replace(path)  # at once
+        return
     old = beside(path, "old")
-    if path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+    if path.exists():
         path.rename(old)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def recover(folder: Path) -> None:
-    """Give folders back their names that a process died while replacing, and remove what it left half written."""
+    """Give what a process died while replacing its name back, and remove what it left half written."""
     for old in folder.glob(".*.old"):
         path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        shutil.rmtree(old) if path.exists() else old.rename(path)
+        remove(old) if path.exists() else old.rename(path)
     for partial in folder.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        remove(partial)
 
 
-def load_folder(path: Path, weights_only: bool | None = True) -> dict[str, Any]:
-    """A folder's checkpoint with whole tensors, on the CPU; each process reads for itself."""
-    sizes = saved_tensors(path)
+def load_folder(path: Path, weights_only: bool | None = True, only: str = "") -> dict[str, Any]:
+    """A folder's checkpoint with whole tensors, on the CPU; each process reads for itself.
+
+    Args:
+        path: the folder.
+        weights_only: of `torch.load`.
+        only: read just the tensors whose names begin so, such as `state_dict.`.
+    """
+    sizes = {name: entry for name, entry in saved_tensors(path).items() if name.startswith(only)}
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
     with warnings.catch_warnings(action="ignore"):  # that it reads alone, as asked
         dcp.load(tensors, checkpoint_id=path, no_dist=True)

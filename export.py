@@ -8,7 +8,6 @@ Only the network that is exported is built: no value model, no reward, no data.
 
 import inspect
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,11 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import modules
-from .checkpointing import TENSORS, assemble, beside, saved_tensors
+from .checkpointing import TENSORS, beside, load_folder
 from .modules import TextModule
 from .modules.backbone import Scorer
 from .modules.checks import require
@@ -106,12 +104,7 @@ def put_into_place(new: Path, folder: Path) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint without its optimizer states, for which there may be no memory: those of a file stay on the disk."""
     if path.is_dir():
-        sizes = {name: entry for name, entry in saved_tensors(path).items() if name.startswith(f"{TENSORS}.")}
-        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
-        with warnings.catch_warnings():  # that this is one process
-            warnings.simplefilter("ignore")
-            dcp.load(tensors, checkpoint_id=path, no_dist=True)
-        return assemble(path, tensors)
+        return load_folder(path, only=f"{TENSORS}.")
     if not path.exists():
         raise ValueError(f"`--ckpt_path`: there is no checkpoint `{path}`.")
     try:

@@ -25,7 +25,7 @@ from ..functional import (
     penalize_missing_eos,
     token_logprobs,
 )
-from .backbone import FrozenReference, load_causal_lm, response_outputs
+from .backbone import FrozenReference, response_outputs
 from .checks import require
 from .experience import Experience, ExperienceDataset, TokenStatistics, experience_loader, of_all_ranks
 from .reporting import report
@@ -130,19 +130,9 @@ class OnPolicyModule(TextModule):
 
     def build(self) -> list[nn.Module]:
         """Load the policy and its frozen reference."""
-        self.policy = self.load_network()
+        networks = super().build()
         self.reference = FrozenReference(self.policy)
-        return [self.policy, *([] if self.reference.copy is None else [self.reference.copy])]
-
-    def load_network(self) -> nn.Module:
-        """The policy before training."""
-        trust = self.hparams.trust_remote_code
-        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
-
-    @property
-    def network(self) -> nn.Module:
-        """What is exported: the policy."""
-        return self.policy
+        return networks if self.reference.copy is None else [*networks, self.reference.copy]
 
     @property
     def sampling(self) -> Sampling:
@@ -166,7 +156,7 @@ class OnPolicyModule(TextModule):
     def rollout_phase(self) -> Iterator[None]:
         """Precision as in a training step, no gradient (inference mode's tensors could not enter autograd later)."""
         self._start = time.perf_counter()
-        with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights(self.policy):
+        with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights():
             yield
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradient
         self._update_start = time.perf_counter()
@@ -293,7 +283,7 @@ class OnPolicyModule(TextModule):
         return self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: str) -> dict[str, list]:
-        with self.rollout_weights(self.policy):
+        with self.rollout_weights():
             rollout = self.roll_out(batch, self.next_rows(len(batch["prompts"])), -1)
             responses, scores = self.score(rollout, batch)
             statistics = self.token_statistics(rollout)
@@ -301,7 +291,7 @@ class OnPolicyModule(TextModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """Sampled responses, with their rewards if `reward` is given."""
-        with self.rollout_weights(self.policy):
+        with self.rollout_weights():
             rollout = self.roll_out(batch, self.next_rows(len(batch["prompts"])), -2)
         if not self.rewards.terms:
             return {"prompt": batch["prompts"], "response": texts(rollout, self.tokenizer)}

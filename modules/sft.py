@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..functional import token_logprobs
-from .backbone import load_causal_lm, logits_at
+from .backbone import logits_at
 from .checks import require
 from .metrics import Perplexity
 from .rollout import Sampling, row_noise, sample, texts
@@ -41,11 +41,6 @@ class SFTModule(TextModule):
         require("temperature", temperature > 0, "above 0", temperature)
         self.network: nn.Module | None = None
         self._perplexity = Perplexity()
-
-    def load_network(self) -> nn.Module:
-        """The language model, with adapters if `lora_r` says so."""
-        trust = self.hparams.trust_remote_code
-        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """(N,) negative log-likelihoods of the N tokens that count."""
@@ -79,6 +74,6 @@ class SFTModule(TextModule):
         sampling = Sampling.of(self.network, self.tokenizer, hparams.max_new_tokens, temperature=hparams.temperature)
         prompts, mask = batch["input_ids"], batch["attention_mask"]
         noise = row_noise(self.next_rows(len(prompts)), sampling.max_new_tokens, self.seed).to(self.device)
-        with self.rollout_weights(self.network):
+        with self.rollout_weights():
             rollout = sample(self.network, prompts, mask, sampling, noise, self.any_rank)
         return {"prompt": batch["prompts"], "response": texts(rollout, self.tokenizer)}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 def skeleton_unless_first(mesh: DeviceMesh | None) -> AbstractContextManager:
     """Where networks are built that will be sharded: really on rank 0, on the other ranks as shapes without memory.
 
-    So a model that no device can hold is in the memory of a machine once, not once per process.
+    So a model that no device can hold takes the memory of one machine once, not of every process.
     """
     return nullcontext() if mesh is None or mesh.get_local_rank() == 0 else torch.device("meta")
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from ..checkpointing import settle
 from ..functional import masked_sum
 from ..pretrained import load_tokenizer
-from .backbone import DTYPES, add_lora
+from .backbone import DTYPES, add_lora, load_causal_lm
 from .checks import check_precision, check_strategy, objects_given, require
 from .exporting import save_network
 from .metrics import Mean
@@ -94,7 +94,6 @@ class TextModule(L.LightningModule):
         self._is_built = False
         self._rows_seen = 0
         self._seed: int | None = None
-        self.any_rank: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -126,12 +125,16 @@ class TextModule(L.LightningModule):
 
     def build(self) -> list[nn.Module]:
         """Load the networks, keep them as attributes, and return those that are to be sharded under FSDP2."""
-        self.network = self.load_network()
-        return [self.network]
+        setattr(self, self.exported, self.load_network())
+        return [self.trained_network]
 
     def load_network(self) -> nn.Module:
-        """The network that is trained and exported, as it is before training; shapes only under a meta device."""
-        raise NotImplementedError
+        """The network that is trained and exported, as it is before training; shapes only under a meta device.
+
+        Here a causal language model, with adapters if `lora_r` says so.
+        """
+        trust = self.hparams.trust_remote_code
+        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -215,19 +218,31 @@ class TextModule(L.LightningModule):
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         return self._seed
 
+    @property
+    def trained_network(self) -> nn.Module:
+        """What `load_network` made: it is trained, samples, and is exported."""
+        return getattr(self, self.exported)
+
     @contextmanager
-    def rollout_weights(self, network: nn.Module) -> Iterator[None]:
-        """Sampling under FSDP2: weights gathered once, or, where they fit no device, all ranks in step."""
-        if not is_sharded(network):
+    def rollout_weights(self) -> Iterator[None]:
+        """Sampling under FSDP2 with the weights gathered once, if the strategy says so."""
+        if not (is_sharded(self.trained_network) and self._unshards_rollouts):
             yield
-        elif getattr(self.trainer.strategy, "unshard_rollouts", True):
-            # Inference mode, in which Lightning may evaluate, would leave tensors that no later backward could use.
-            with torch.inference_mode(False), torch.no_grad(), unsharded(network):
-                yield
-        else:
-            self.any_rank = lambda flag: self.sum_over_ranks(flag.double()) > 0
+            return
+        # Inference mode, in which Lightning may evaluate, would leave tensors that no later backward could use.
+        with torch.inference_mode(False), torch.no_grad(), unsharded(self.trained_network):
             yield
-            self.any_rank = None
+
+    @property
+    def any_rank(self) -> Callable[[Tensor], Tensor] | None:
+        """For `sample`, where each of its forward passes takes all ranks: whether a flag is True on any of them."""
+        if not is_sharded(self.trained_network) or self._unshards_rollouts:
+            return None
+        return lambda flag: self.sum_over_ranks(flag.double()) > 0
+
+    @property
+    def _unshards_rollouts(self) -> bool:
+        return getattr(self.trainer.strategy, "unshard_rollouts", True)
 
     def log_mean(self, name: str, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> None:
         """Log the mean over the True entries of the mask, exact over batches and ranks: sum and count stay apart."""
@@ -308,7 +323,9 @@ class TextModule(L.LightningModule):
     def save_pretrained(self, folder: str | Path, merge: bool = True) -> None:
         """Write a Hugging Face folder: weights (LoRA merged, or only the adapter), config, tokenizer. On all ranks."""
         require("merge", merge or self.hparams.lora_r > 0, "True, for there is no adapter (`lora_r` is 0)", merge)
-        network = whole_copy(self.network, self.load_network) if is_sharded(self.network) else self.network
+        network = self.trained_network
+        if is_sharded(network):
+            network = whole_copy(network, self.load_network)
         if rank_zero_only.rank == 0:
             save_network(network, folder, base=None if merge else self._model_spec)
             self.tokenizer.save_pretrained(folder)

@@ -70,6 +70,27 @@ def test_one_kind_replaces_the_other(io, tmp_path, before, after):
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize(("before", "after"), [("file", "folder"), ("folder", "file"), ("folder", "folder")])
+def test_a_death_between_two_renames_loses_nothing(io, tmp_path, monkeypatch, before, after):
+    old, path, saves = checkpoint(1.0), tmp_path / "last.ckpt", {"file": io.save_checkpoint, "folder": save_folder}
+    saves[before](old, path)
+    rename = Path.rename
+
+    def dies(self, target):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            saves[after](checkpoint(2.0), path)
+    assert not path.exists()
+    recover(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert_same(io.load_checkpoint(path), old)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_write_that_fails_leaves_the_old_one(io, tmp_path, monkeypatch, kind):
     old, path = checkpoint(1.0), tmp_path / "last.ckpt"

@@ -112,7 +112,7 @@ class AtTheEnd(L.Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.outputs = outputs(pl_module.network)
+        self.outputs = outputs(pl_module.trained_network)
         trainer.save_checkpoint(self.folder / "last.ckpt")
         pl_module.save_pretrained(self.folder / "live_merged")
         if pl_module.hparams.lora_r:
@@ -333,7 +333,7 @@ def test_an_adapter_of_an_adapter_is_refused(adapters, tmp_path):
     with pytest.raises(ValueError, match=r"itself an adapter.*Write the merged model"):
         module.save_pretrained(tmp_path / "adapter", merge=False)
     module.save_pretrained(tmp_path / "model")
-    assert_same(outputs(load_causal_lm(str(tmp_path / "model"), "float32")), outputs(module.network))
+    assert_same(outputs(load_causal_lm(str(tmp_path / "model"), "float32")), outputs(module.trained_network))
 
 
 def test_an_adapter_names_the_real_place_of_its_base(base, tmp_path, monkeypatch):

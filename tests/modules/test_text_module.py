@@ -258,8 +258,3 @@ def test_checkpoints_of_another_library_are_refused(sft, fit, tmp_path):
     torch.save(checkpoint, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="written by another library and does not fit this SFTModule"):
         SFTModule.load_from_checkpoint(tmp_path / "b.ckpt", weights_only=True)
-
-
-def test_building_is_for_subclasses(policy):
-    with pytest.raises(NotImplementedError):
-        TextModule(policy).configure_model()
