@@ -6,8 +6,6 @@ every token for values (`Scorer`).
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,30 +132,6 @@ def merged(network: "PreTrainedModel | PeftModel | Scorer") -> PreTrainedModel:
     """A Hugging Face model without adapters that computes the same; the given one is left as it is."""
     model = network.model if isinstance(network, Scorer) else network
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
-
-
-class FrozenReference:
-    """The policy as it is now: the adapter switched off, or a frozen copy.
-
-    It is no nn.Module, so the copy is no part of a module that holds it: it is in no optimizer, no checkpoint and no
-    DDP bucket.
-
-        with reference() as network:
-            network(...)
-    """
-
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self._model = model
-        self.copy = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
-
-    @contextmanager
-    def __call__(self) -> Iterator[nn.Module]:
-        """The reference network, on the policy's device."""
-        if self.copy is not None:
-            yield self.copy.to(next(self._model.parameters()).device)
-            return
-        with self._model.disable_adapter():
-            yield self._model
 
 
 def logits_at(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from ..functional import (
     penalize_missing_eos,
     token_logprobs,
 )
-from .backbone import FrozenReference, response_outputs
+from .backbone import response_outputs
 from .checks import require
 from .experience import Experience, ExperienceDataset, TokenStatistics, experience_loader, of_all_ranks
+from .reference import FrozenReference
 from .reporting import report
 from .rollout import Rollout, Sampling, row_noise, sample, texts, trimmed
 from .scoring import Scores, WeightedRewards, reward_terms

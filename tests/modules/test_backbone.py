@@ -9,7 +9,6 @@ from conftest import make_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_rlhf.modules.backbone import (
-    FrozenReference,
     Scorer,
     add_lora,
     load_causal_lm,
@@ -87,37 +86,6 @@ def test_merging_computes_the_same_and_leaves_the_given_model_alone():
     assert merged(plain) is plain
     assert unwrapped(plain) is plain
     assert unwrapped(model) is model.base_model.model
-
-
-def test_the_reference_stays_where_the_policy_was():
-    model = make_llama(vocab_size=8)
-    before = logits(model)
-    reference = FrozenReference(model)
-    model.lm_head.weight.data.mul_(2)
-    with reference() as frozen:
-        assert torch.equal(logits(frozen), before)
-        assert not any(p.requires_grad for p in frozen.parameters())
-        assert not frozen.training
-    assert not torch.allclose(logits(model), before)
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_the_reference_of_a_lora_policy_is_the_policy_without_its_adapter():
-    model = adapted()
-    on = logits(model)
-    with FrozenReference(model)() as frozen:
-        assert frozen is model
-        torch.testing.assert_close(logits(frozen), logits(make_llama(vocab_size=8)))
-    assert torch.equal(logits(model), on)
-    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
-
-
-def test_an_error_in_the_reference_leaves_the_adapter_on():
-    model = adapted()
-    on = logits(model)
-    with pytest.raises(RuntimeError), FrozenReference(model)():
-        raise RuntimeError
-    assert torch.equal(logits(model), on)
 
 
 BATCH = torch.tensor([[0, 0, 1, 2, 3, 4], [5, 6, 7, 1, 2, 0]])
