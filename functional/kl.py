@@ -4,9 +4,11 @@ All estimate KL(π ‖ π_ref) from tokens sampled from π, with log r = ref_log
 k2 is biased and calm, k3 is unbiased, calm and never negative.
 """
 
+import torch
 from torch import Tensor
 
 from ._tensors import bounded_log_ratio, check_same_shape, upcast
+from .logprobs import CHUNK
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -88,6 +90,37 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     log_ratio = bounded_log_ratio(ref_logprobs, logprobs)
     return log_ratio.expm1() - log_ratio
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(π ‖ π_ref) of the next token, over the whole vocabulary, so without the noise of samples.
+
+    KL = Σ_v π(v) (log π(v) − log π_ref(v)),  π = softmax(logits)
+
+    Args:
+        logits: of the policy, (N, V); -inf for tokens that cannot come is fine.
+        ref_logits: of the reference, (N, V).
+
+    Returns:
+        at least 0, up to rounding, (N,).
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> exact_kl(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log())
+        tensor([0.0000, 0.3681])
+    """
+    check_same_shape(logits=logits, ref_logits=ref_logits)
+    rows = max(1, CHUNK // logits.shape[-1])  # float32 copies never have the size of all logits
+    return torch.cat([_kl(*both) for both in zip(logits.split(rows), ref_logits.split(rows), strict=True)])
+
+
+def _kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    logprobs, ref_logprobs = upcast(logits).log_softmax(-1), upcast(ref_logits).log_softmax(-1)
+    impossible = logprobs.isneginf()  # 0 · log 0 = 0
+    return (logprobs.exp() * (logprobs - ref_logprobs).masked_fill(impossible, 0.0)).sum(-1)
 
 
 def adaptive_kl_coef(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._tensors import upcast
 
-_CHUNK = 2**23  # logits in float32 at a time: 32 MiB
+CHUNK = 2**23  # logits in float32 at a time: 32 MiB
 
 
 def _over_vocabulary(function: Callable[[Tensor], Tensor], logits: Tensor, temperature: float) -> Tensor:
@@ -19,7 +19,7 @@ def _over_vocabulary(function: Callable[[Tensor], Tensor], logits: Tensor, tempe
         raise ValueError(f"`temperature` must be positive, but is {temperature}.")
     if logits.dim() < 2 or len(logits) == 0:
         return function(upcast(logits) / temperature)
-    rows = max(1, _CHUNK // logits[0].numel())
+    rows = max(1, CHUNK // logits[0].numel())
     return torch.cat([function(upcast(chunk) / temperature) for chunk in logits.split(rows)])
 
 

@@ -9,19 +9,27 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ._tensors import bounded_log_ratio, check_same_shape, upcast
-from .masking import Reduce, identity, masked_mean_and_var
+from .masking import Reduce, identity, masked_mean, masked_mean_and_var
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Tensor:
     """PPO's clipped surrogate objective, negated, per token.
 
-    loss = −min(ratio · A, clip(ratio, 1 ± clip_range) · A),  ratio = exp(logprobs − old_logprobs)
+    loss = −min(ratio · A, clip(ratio, 1 − clip_range, 1 + clip_range_high) · A),
+    ratio = exp(logprobs − old_logprobs)
 
     Args:
         logprobs: under the policy that learns, (B, T).
         old_logprobs: under the policy that sampled, without gradient, (B, T).
         advantages: without gradient, (B, T).
         clip_range: usually 0.2.
+        clip_range_high: the bound above, 0.28 in DAPO; None is `clip_range`, as in PPO.
 
     Returns:
         (B, T).
@@ -30,7 +38,8 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
         ValueError: if the shapes differ.
 
     Source:
-        Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, https://arxiv.org/abs/1707.06347
+        Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, https://arxiv.org/abs/1707.06347;
+        two bounds: Yu et al. 2025, "DAPO", equation 10, https://arxiv.org/abs/2503.14476
 
     Example:
         >>> import torch
@@ -41,18 +50,21 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ratio = bounded_log_ratio(logprobs, old_logprobs).exp()
     advantages = upcast(advantages)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    return -torch.minimum(ratio * advantages, _clip(ratio, clip_range, clip_range_high) * advantages)
 
 
-def is_clipped(logprobs: Tensor, old_logprobs: Tensor, clip_range: float) -> Tensor:
+def is_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
     """Whether the ratio of each token lies outside the clip range, as 0 or 1, so that its mean is the clip fraction.
 
-    |exp(logprobs − old_logprobs) − 1| > clip_range
+    ratio < 1 − clip_range or ratio > 1 + clip_range_high,  ratio = exp(logprobs − old_logprobs)
 
     Args:
         logprobs: under the policy that learns, (B, T).
         old_logprobs: under the policy that sampled, (B, T).
         clip_range: usually 0.2.
+        clip_range_high: the bound above; None is `clip_range`.
 
     Returns:
         0 or 1 as floats, (B, T).
@@ -67,7 +79,37 @@ def is_clipped(logprobs: Tensor, old_logprobs: Tensor, clip_range: float) -> Ten
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     ratio = bounded_log_ratio(logprobs, old_logprobs).exp()
-    return ((ratio - 1).abs() > clip_range).to(ratio.dtype)
+    return (_clip(ratio, clip_range, clip_range_high) != ratio).to(ratio.dtype)
+
+
+def _clip(ratio: Tensor, low: float, high: float | None) -> Tensor:
+    return ratio.clamp(1 - low, 1 + (low if high is None else high))
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The mean log-probability of each response's tokens, at each of them.
+
+    s_t = (1 / |o|) Σ_k logprobs_k, for every token t
+
+    With these in the place of log-probabilities per token, the ratio of policies is GSPO's: the geometric mean of a
+    response's ratios.
+
+    Args:
+        logprobs: (B, T).
+        mask: bool, True = counts, (B, T).
+
+    Returns:
+        (B, T), equal within a row.
+
+    Source:
+        Zheng et al. 2025, "Group Sequence Policy Optimization", equation 7, https://arxiv.org/abs/2507.18071
+
+    Example:
+        >>> import torch
+        >>> sequence_logprobs(torch.tensor([[-1.0, -3.0, -9.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-2., -2., -2.]])
+    """
+    return masked_mean(logprobs, mask, dim=1).unsqueeze(1).expand(mask.shape)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:

@@ -38,6 +38,35 @@ def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tenso
     return torch.where(ended, scores, scores - penalty)
 
 
+def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """A penalty that grows over the last tokens before the length limit, from 0 to 1.
+
+    clip((|o| − (max_length − buffer)) / buffer, 0, 1)
+
+    Args:
+        lengths: tokens of the responses, (B,).
+        max_length: the longest response that is possible.
+        buffer: how many tokens before that the penalty begins; a fifth of `max_length` in the paper.
+
+    Returns:
+        between 0 and 1, (B,); it is subtracted from the score.
+
+    Raises:
+        ValueError: if `buffer` is not between 1 and `max_length`.
+
+    Source:
+        Yu et al. 2025, "DAPO", equation 13, https://arxiv.org/abs/2503.14476 (there negative, to be added).
+
+    Example:
+        >>> import torch
+        >>> soft_overlong_penalty(torch.tensor([5, 8, 9, 10]), max_length=10, buffer=4)
+        tensor([0.0000, 0.5000, 0.7500, 1.0000])
+    """
+    if not 1 <= buffer <= max_length:
+        raise ValueError(f"`buffer` must be between 1 and {max_length=}, but is {buffer}.")
+    return ((upcast(lengths) - (max_length - buffer)) / buffer).clamp(0, 1)
+
+
 def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards per token: a KL penalty on each response token, and the score on the last.
 

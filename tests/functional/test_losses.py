@@ -12,6 +12,8 @@ from lightning_rlhf.functional import (
     explained_variance,
     is_clipped,
     masked_mean,
+    sequence_logprobs,
+    sequence_mean,
 )
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
@@ -210,3 +212,33 @@ def test_wrong_shapes_are_refused():
         clipped_value_loss(x, x, short, clip_range=0.2)
     with pytest.raises(ValueError, match="`mask`"):
         explained_variance(x, x, short.bool())
+
+
+def test_clip_higher_golden():
+    # Ratios 1.5, 1.5, 0.5, 0.5 with advantages ±2, clipped to [0.8, 1.28]: min of (3, 2.56), (-3, -2.56), (1, 1.6),
+    # (-1, -1.6).
+    logprobs, old = double(1.5, 1.5, 0.5, 0.5).log(), double(1, 1, 1, 1).log()
+    loss = clipped_policy_loss(logprobs, old, double(2, -2, 2, -2), clip_range=0.2, clip_range_high=0.28)
+    assert_close(loss, double(-2.56, 3, -1, 1.6))
+    assert is_clipped(double(1.25, 1.3, 0.85).log(), double(0, 0, 0), 0.2, 0.28).tolist() == [0, 1, 0]
+    assert is_clipped(double(1.25, 1.3, 0.85).log(), double(0, 0, 0), 0.2).tolist() == [1, 1, 0]
+
+
+def test_sequence_logprobs_make_the_ratio_a_geometric_mean():
+    ratios = double(2, 0.5, 4, 7)
+    mask = torch.tensor([[True, True, True, False]])
+    old = torch.zeros(1, 4, dtype=torch.float64)
+    parts = sequence_logprobs(ratios.log()[None], mask), sequence_logprobs(old, mask)
+    loss = clipped_policy_loss(*parts, torch.ones(1, 4, dtype=torch.float64), clip_range=9.0)
+    assert_close(loss, double(*[-((2 * 0.5 * 4) ** (1 / 3))] * 4)[None])
+
+
+def test_the_gradient_of_a_sequence_ratio_is_shared_by_its_tokens():
+    """∇ s = s · (1 / |o|) Σ_t ∇ log π_t, so at s = 1 each token gets 1 / |o| of the advantage."""
+    leaf = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, True, False]])
+    old = torch.zeros(1, 4, dtype=torch.float64)
+    advantages = torch.full((1, 4), 6.0, dtype=torch.float64)
+    loss = clipped_policy_loss(sequence_logprobs(leaf, mask), sequence_logprobs(old, mask), advantages, 0.2)
+    sequence_mean(loss, mask).total.backward()
+    assert_close(leaf.grad, double(-2, -2, -2, 0)[None])

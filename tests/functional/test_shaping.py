@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_rlhf.functional import kl_shaped_rewards, penalize_missing_eos
+from lightning_rlhf.functional import kl_shaped_rewards, penalize_missing_eos, soft_overlong_penalty
 
 SCORES = torch.tensor([2.0, -1.0], dtype=torch.float64)
 KL = torch.tensor([[1.0, 3.0, 9.0], [-2.0, 0.0, 4.0]], dtype=torch.float64)
@@ -90,3 +90,17 @@ def test_wrong_arguments_are_refused():
         kl_shaped_rewards(SCORES[:1], KL, MASK, kl_coef=0.1)
     with pytest.raises(ValueError, match="row 1 is all False"):
         kl_shaped_rewards(SCORES, KL, torch.tensor([[True] * 3, [False] * 3]), kl_coef=0.1)
+
+
+def test_soft_overlong_penalty_golden_and_its_ends():
+    # Limit 20, buffer 4: free up to 16, then a quarter a token.
+    lengths = torch.tensor([1, 16, 17, 18, 20])
+    assert_close(soft_overlong_penalty(lengths, max_length=20, buffer=4), torch.tensor([0, 0, 0.25, 0.5, 1.0]))
+    assert soft_overlong_penalty(torch.tensor([25]), max_length=20, buffer=4).item() == 1
+    assert_close(soft_overlong_penalty(torch.tensor([5]), max_length=20, buffer=20), torch.tensor([0.25]))
+
+
+@pytest.mark.parametrize("buffer", [0, 21])
+def test_the_overlong_buffer_lies_within_the_limit(buffer):
+    with pytest.raises(ValueError, match=f"`buffer` must be between 1 and max_length=20, but is {buffer}"):
+        soft_overlong_penalty(torch.tensor([5]), max_length=20, buffer=buffer)
