@@ -23,6 +23,11 @@ class HuggingFaceExport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self.lora == "adapter" and not pl_module.hparams.get("lora_r"):
             raise ValueError("`HuggingFaceExport(lora=adapter)`: there will be no adapter, because `lora_r` is 0.")
+        if stage == "fit" and self.lora == "merged" and pl_module.hparams.get("load_in_4bit"):
+            raise ValueError(
+                "`HuggingFaceExport(lora=merged)`: with `load_in_4bit` there will be no weights that an adapter could "
+                "be merged into. Set `lora: adapter`."
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # On every rank: gathering sharded parameters takes them all. The module writes on rank zero only.

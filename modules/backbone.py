@@ -7,10 +7,10 @@ every token for values (`Scorer`).
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -19,31 +19,36 @@ from transformers.utils import CONFIG_NAME
 
 from ..functional import last_index, position_ids
 from ..pretrained import load_config, resolve
+from .quantization import in_4bit, is_4bit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NORMALIZER = "reward_normalizer.json"
 """In an adapter's folder, which has no config.json: with one, transformers would look for the whole model there."""
 
 
-def load_causal_lm(spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_causal_lm(
+    spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False, load_in_4bit: bool = False
+) -> PreTrainedModel:
     """The causal language model of a spec (see `lightning_rlhf.pretrained`), dropout off, in `dtype`.
 
     Of a peft adapter's folder it is the base model with the adapter merged into it. Under `torch.device("meta")` it is
-    the model's shape without weights.
+    the model's shape without weights. With `load_in_4bit` the weights of linear layers have 4 bits, the others `dtype`.
     """
+    quantized = quantization(spec, dtype, load_in_4bit)
     if base := adapter_base(spec):
         return with_adapter(load_causal_lm(base, dtype, trust_remote_code), spec)
     if torch.get_default_device().type == "meta":
         config = spec.config if isinstance(spec, PreTrainedModel) else load_config(spec, trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     elif isinstance(spec, PreTrainedModel):
-        model = spec.to(DTYPES[dtype])
+        model = narrowed(spec, dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(spec),
             config=load_config(spec, trust_remote_code),
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
+            **quantized,
         )
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     return model
@@ -56,6 +61,30 @@ def _contiguous(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     a batched product and copies the (V, H) weight once per sequence: gigabytes, and most of a rollout's time.
     """
     return (args[0].contiguous(),)
+
+
+def narrowed(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model with its parameters in `dtype`, in place; packed ones stay, and so do buffers.
+
+    Buffers hold the frequencies of rotary positions, whose rounding errors would be multiplied by the position.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return model
+
+
+def quantization(spec: str | PreTrainedModel, dtype: str, load_in_4bit: bool) -> dict[str, Any]:
+    """Further arguments of `from_pretrained`."""
+    if not load_in_4bit:
+        return {}
+    if isinstance(spec, PreTrainedModel) or adapter_base(spec):
+        what = "a model object" if isinstance(spec, PreTrainedModel) else f"the adapter `{spec}`"
+        raise ValueError(
+            f"`load_in_4bit` reads a whole model's folder or hub id, but got {what}. Save it first as a whole model: "
+            "`save_pretrained`, or for a checkpoint `train.py export` with `--lora merged`."
+        )
+    return in_4bit(DTYPES[dtype])
 
 
 def adapter_base(spec: str | PreTrainedModel) -> str | None:
@@ -83,6 +112,25 @@ def with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     config.task_type = None  # peft's class for language models fits no scorer, which may start from one's adapter
     adapted = PeftModel.from_pretrained(model, folder, config=config, torch_device=str(model.device))
     return adapted.merge_and_unload().requires_grad_(True)
+
+
+def attach_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
+    """The model frozen, with the LoRA layers of a peft adapter's folder beside its weights, and they are trainable.
+
+    A scalar head is trained whole, and starts as the folder's. Of a model without weights this is the shape.
+    """
+    config = PeftConfig.from_pretrained(folder)
+    # Without `modules_to_save` peft leaves the head where it is, instead of putting a copy beside it.
+    config.task_type, config.modules_to_save, config.inference_mode, config.lora_dropout = None, None, False, 0.0
+    adapted = PeftModel(model, config)
+    if model.device.type != "meta":
+        found = set_peft_model_state_dict(adapted, load_peft_weights(folder, device=str(model.device)))
+        strange = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
+        if strange:
+            raise ValueError(f"The adapter `{folder}` does not fit its base model, see `{strange[0]}`.")
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    return adapted
 
 
 def add_lora(
@@ -115,6 +163,7 @@ def add_lora(
         lora_alpha=alpha,
         target_modules=target_modules,
         exclude_modules=["score"] if has_head else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         layers_to_transform=None if last_layers is None else list(range(layers - last_layers, layers)),
     )
     adapted = get_peft_model(model, config)
@@ -131,6 +180,12 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def merged(network: "PreTrainedModel | PeftModel | Scorer") -> PreTrainedModel:
     """A Hugging Face model without adapters that computes the same; the given one is left as it is."""
     model = network.model if isinstance(network, Scorer) else network
+    if is_4bit(model):
+        raise ValueError(
+            "`load_in_4bit`: an adapter cannot be merged into weights of 4 bits. Write the adapter, with `--lora "
+            "adapter` or `save_pretrained(folder, merge=False)`: every `model` flag takes its folder, and merges it "
+            "into the base model as that was before."
+        )
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
@@ -192,14 +247,18 @@ class Scorer(nn.Module):
         self.model = model
 
     @classmethod
-    def load(cls, spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False) -> "Scorer":
+    def load(
+        cls, spec: str | PreTrainedModel, dtype: str, trust_remote_code: bool = False, load_in_4bit: bool = False
+    ) -> "Scorer":
         """From the folder of a reward model, or of its adapter, or from a language model, which gets a new head.
 
         A new head is drawn from N(0, 1/(H + 1)) (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325). Under
-        `torch.device("meta")` it is the model's shape without weights.
+        `torch.device("meta")` it is the model's shape without weights. With `load_in_4bit` the weights of the
+        backbone's linear layers have 4 bits; the head never has.
         """
+        quantized = quantization(spec, dtype, load_in_4bit)
         if isinstance(spec, PreTrainedModel):
-            spec.base_model.to(DTYPES[dtype])
+            narrowed(spec.base_model, dtype)
             spec.score.float()
             return cls(spec)
         if base := adapter_base(spec):
@@ -213,8 +272,9 @@ class Scorer(nn.Module):
         if torch.get_default_device().type == "meta":
             model = AutoModelForSequenceClassification.from_config(config, **options)
         else:
+            options |= quantized
             model = AutoModelForSequenceClassification.from_pretrained(resolve(spec), config=config, **options)
-        model.base_model.to(DTYPES[dtype])
+        narrowed(model.base_model, dtype)
         scorer = cls(model)
         if is_new:
             nn.init.normal_(scorer.head.weight, std=(scorer.head.weight.shape[-1] + 1) ** -0.5)
@@ -223,10 +283,21 @@ class Scorer(nn.Module):
     def with_adapter(self, folder: str, dtype: str) -> "Scorer":
         """This network with what is in an adapter's folder: LoRA, head, normaliser; its backbone in `dtype`."""
         scorer = Scorer(with_adapter(self.model, folder))
-        scorer.model.base_model.to(DTYPES[dtype])
+        narrowed(scorer.model.base_model, dtype)
+        return scorer.with_normalizer(folder)
+
+    def beside_adapter(self, folder: str) -> "Scorer":
+        """The same with the LoRA layers left beside the weights, to be trained further, or to share the weights."""
+        return Scorer(attach_adapter(self.model, folder)).with_normalizer(folder)
+
+    def with_normalizer(self, folder: str) -> "Scorer":
+        """This network with the normaliser in an adapter's folder, if there is one, and what else is said there."""
         if (normalizer := Path(folder, NORMALIZER)).is_file():
-            scorer.set_normalizer(**json.loads(normalizer.read_text()))
-        return scorer
+            said = json.loads(normalizer.read_text())
+            if objective := said.pop("objective", None):
+                unwrapped(self.model).config.reward_objective = objective
+            self.set_normalizer(**said)
+        return self
 
     def called_modules(self) -> list[nn.Module]:
         """The parts that are called as modules, for sharding."""

@@ -1,177 +1,190 @@
-"""Rewards of sampled responses, as one interface: a reward model, a Python function, or a weighted list of these."""
+"""Rewards of sampled responses, as one interface: functions, checkers, services, reward models, and weighted lists."""
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..pretrained import PACKAGE_PREFIX, load_tokenizer
-from .backbone import Scorer
-from .sharding import num_chunks, shard, skeleton_unless_first
+from ..pretrained import PACKAGE_PREFIX
+from ..rewards import HTTPReward
+from .checks import require
+from .reward_functions import FunctionReward
+from .reward_models import EnsembleReward, ModelReward
+from .reward_terms import Responses, RewardTerm, Scores
+from .sharing import SharedBase
 
-
-class Scores(NamedTuple):
-    """Rewards of B responses."""
-
-    total: Tensor
-    """(B,) float32, the weighted sum of the components."""
-    components: dict[str, Tensor]
-    """Each reward by name, (B,) float32, unweighted."""
-
-
-class RewardTerm(Protocol):
-    """One reward. Prompts and responses are text; columns are the other columns of the prompt data, lists of B."""
-
-    name: str
-
-    def __call__(self, prompts: list[str], responses: list[str], columns: dict[str, list]) -> Tensor:
-        """(B,) rewards."""
-
-
-class FunctionReward:
-    """A Python function `f(prompts, responses, **columns) -> list of B floats`.
-
-    Args:
-        function: the function, or its dotted path.
-
-    Raises:
-        ValueError: when it cannot be imported, raises, or returns NaN, infinity or the wrong number of values.
-    """
-
-    def __init__(self, function: str | Callable) -> None:
-        self.function = _imported(function) if isinstance(function, str) else function
-        self.name = getattr(self.function, "__name__", type(self.function).__name__)
-
-    def __call__(self, prompts: list[str], responses: list[str], columns: dict[str, list]) -> Tensor:
-        """(B,) rewards."""
-        try:
-            values = [float(value) for value in self.function(prompts=prompts, responses=responses, **columns)]
-        except Exception as error:
-            raise ValueError(
-                f"The reward function `{self.name}` failed on {len(prompts)} samples, the first of which was "
-                f"{_shown(prompts[0], responses[0])}: {type(error).__name__}: {error}"
-            ) from error
-        if len(values) != len(responses):
-            raise ValueError(
-                f"The reward function `{self.name}` must return one float per response: got {len(values)} for "
-                f"{len(responses)} responses."
-            )
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"The reward function `{self.name}` returned {value} for sample {i}: "
-                    f"{_shown(prompts[i], responses[i])}."
-                )
-        return torch.tensor(values, dtype=torch.float32)
-
-
-class ModelReward:
-    """A reward model read at the end of prompt + response + EOS, with its own tokenizer.
-
-    The network is no submodule of the policy's module: it is in no optimizer and no checkpoint.
-
-    Args:
-        model: the folder that `RewardModule` exported, a hub id of a reward model, a `.ckpt` file of a
-            `RewardModule`, or a `RewardModule`.
-        dtype: of the backbone's weights.
-        batch_size: most texts in one forward.
-    """
-
-    def __init__(self, model: object, dtype: str = "float32", batch_size: int = 32) -> None:
-        self.name = "reward_model"
-        self._spec, self._dtype, self._batch_size = model, dtype, batch_size
-        self._scorer: Scorer | None = None
-        self._mesh: DeviceMesh | None = None
-
-    def _load(self) -> None:
-        from .reward import RewardModule  # a reward module is built on this package's parts, not the other way round
-
-        module = self._spec
-        if isinstance(module, str) and module.endswith(".ckpt"):
-            module = RewardModule.load_from_checkpoint(module, map_location="cpu", weights_only=True)
-        if isinstance(module, RewardModule):
-            module.configure_model()
-            self._scorer, self._tokenizer = module.network, module.tokenizer
-        else:
-            self._scorer, self._tokenizer = Scorer.load(module, self._dtype), load_tokenizer(module)
-        self._scorer.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], responses: list[str], columns: dict[str, list]) -> Tensor:
-        """(B,) normalised scores."""
-        if self._scorer is None:
-            self._load()
-        ids = [
-            [*self._tokenizer(prompt + response)["input_ids"], self._tokenizer.eos_token_id]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
-        scores = torch.empty(len(ids), dtype=torch.float32)
-        for chunk in torch.tensor(order).tensor_split(num_chunks(len(ids), self._batch_size, self._mesh)):
-            scores[chunk] = self._score([ids[i] for i in chunk.tolist()]).float().cpu()
-        return scores
-
-    def _score(self, ids: list[list[int]]) -> Tensor:
-        device = self._scorer.head.weight.device
-        length = max(map(len, ids))
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device)
-        padded = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=device)
-        return self._scorer(padded, mask)
-
-    def to(self, device: torch.device, mesh: DeviceMesh | None = None) -> "ModelReward":
-        """Load the model, if it is not yet, and move it; under FSDP2 shard it over the ranks of the mesh."""
-        if self._scorer is None:
-            self._mesh = mesh
-            with skeleton_unless_first(mesh):
-                self._load()
-            shard(self._scorer, mesh)
-        self._scorer.to(device)
-        return self
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks."""
+FLOAT32_DIGITS = 1e-6
+"""A standard deviation below this share of the mean is rounding, not reward."""
 
 
 class WeightedRewards:
     """A weighted sum of rewards; a weight of 0 logs a reward without training on it.
 
+    total = Σ_k w_k r_k,    or, normalised, Σ_k w_k (r_k − mean_k) / std_k
+
     Args:
         terms: the rewards.
         weights: one per reward; None is 1 for each.
+        normalize: bring the rewards to one scale before they are weighted, by the mean and the standard deviation of
+            each over all scores of the run so far. Rewards of tokens and steps are only divided, by the standard
+            deviation of their sums: a shift would have to go to some token. A reward that never varied counts 0.
     """
 
-    def __init__(self, terms: Sequence[RewardTerm], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, terms: Sequence[RewardTerm], weights: Sequence[float] | None = None, normalize: bool = False
+    ) -> None:
         weights = [1.0] * len(terms) if weights is None else weights
         if len(weights) != len(terms):
             raise ValueError(f"`reward_weights` must have one weight per reward: {len(terms)}, but got {len(weights)}.")
         self.terms = dict(zip(_different([term.name for term in terms]), terms, strict=True))
         self.weights = weights
+        self.normalize = normalize
+        self._moments: dict[str, list[float]] = {}
 
-    def to(self, device: torch.device, mesh: DeviceMesh | None = None) -> "WeightedRewards":
-        """Move the reward models to a device, or spread them over a mesh."""
+    def to(
+        self, device: torch.device, mesh: DeviceMesh | None = None, base: SharedBase | None = None
+    ) -> "WeightedRewards":
+        """Move the reward models to a device, or spread them over a mesh; see `ModelReward`."""
         for term in self.terms.values():
-            if isinstance(term, ModelReward):
-                term.to(device, mesh)
+            if isinstance(term, ModelReward | EnsembleReward):
+                term.to(device, mesh, base)
         return self
 
-    def __call__(self, prompts: list[str], responses: list[str], columns: dict[str, list]) -> Scores:
-        """Total and components."""
-        components = {name: term(prompts, responses, columns) for name, term in self.terms.items()}
-        total = sum(w * c for w, c in zip(self.weights, components.values(), strict=True))
-        return Scores(total, components)
+    def __call__(self, given: Responses, reduce: Reduce | None = None) -> Scores:
+        """Total, components and what was earned at tokens.
+
+        Args:
+            given: B responses.
+            reduce: sums a tensor (float64, on the CPU) over all ranks, which must all be here. With it the scores
+                count towards the running means of `normalize`; without it, in evaluations, those stay as they are.
+        """
+        # All are started before any is waited for: `async` functions run beside each other, and beside the models.
+        started = [
+            term.start(given) if isinstance(term, FunctionReward) else partial(term, given)
+            for term in self.terms.values()
+        ]
+        found = {name: _checked(name, get(), given) for name, get in zip(self.terms, started, strict=True)}
+        if self.normalize and reduce is not None:
+            self._observe({name: scores.total for name, scores in found.items()}, reduce)
+        total, per_token, components = torch.zeros(len(given.texts)), None, {}
+        for weight, (name, scores) in zip(self.weights, found.items(), strict=True):
+            components |= {name: scores.total} | {f"{name}/{key}": v for key, v in scores.components.items()}
+            mean, scale = self._shift_and_scale(name)
+            if scores.per_token is None:
+                # In float64, where a mean far from 0 leaves the difference its digits.
+                total = total + weight * (scale * (scores.total.double() - mean)).float()
+                continue
+            total = total + weight * scale * scores.total
+            part = weight * scale * scores.per_token
+            per_token = part if per_token is None else per_token + part
+        return Scores(total, components, per_token)
+
+    def _observe(self, totals: dict[str, Tensor], reduce: Reduce) -> None:
+        """Merge a batch of all ranks into the running moments (Chan et al.): Σx² − n·mean² would lose digits."""
+        values = torch.stack(list(totals.values())).double()  # (terms, B)
+        counts = torch.full((len(values), 1), float(values.shape[1]), dtype=torch.float64)
+        new, sums = reduce(torch.cat([counts, values.sum(1, keepdim=True)], dim=1)).unbind(1)
+        means = sums / new
+        squares = reduce((values - means[:, None]).square().sum(1))
+        for name, n, mean, square in zip(totals, new.tolist(), means.tolist(), squares.tolist(), strict=True):
+            count, old_mean, old_square = self._moments.get(name, [0.0, 0.0, 0.0])
+            gap, whole = mean - old_mean, count + n
+            self._moments[name] = [
+                whole,
+                old_mean + gap * n / whole,
+                old_square + square + gap**2 * count * n / whole,
+            ]
+
+    def _shift_and_scale(self, name: str) -> tuple[float, float]:
+        """Mean, and 1 / standard deviation; 0 and 1 if nothing is known, or nothing is to be normalised."""
+        count, mean, squares = self._moments.get(name, [0.0, 0.0, 0.0])
+        if not self.normalize or not count:
+            return 0.0, 1.0
+        std = (squares / count) ** 0.5
+        return mean, 1 / std if std > FLOAT32_DIGITS * abs(mean) else 0.0
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Count, mean and sum of squared deviations of each reward so far; empty without `normalize`."""
+        return {name: list(moments) for name, moments in self._moments.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on from a state; a reward that it does not name starts anew."""
+        self._moments = {name: list(moments) for name, moments in state.items() if name in self.terms}
 
 
-def reward_terms(spec: object, dtype: str, batch_size: int) -> list[RewardTerm]:
-    """The rewards that a flag names: functions are imported now, models are loaded when they are first needed."""
+def _checked(name: str, earned: Tensor | Scores, given: Responses) -> Scores:
+    """What a term gave, as Scores on the CPU, if all of it is finite."""
+    scores = earned if isinstance(earned, Scores) else Scores(earned, {})
+    per_token = scores.total[:, None] if scores.per_token is None else scores.per_token
+    for values in (per_token, *(x[:, None] for x in (scores.total, *scores.components.values()))):
+        if bad := (~values.isfinite()).nonzero().tolist():
+            i, t = bad[0]
+            where = f"token {t} of sample {i}" if values.shape[1] > 1 else f"sample {i}"
+            raise ValueError(f"The reward `{name}` returned {values[i, t].item()} for {where}: {given.shown(i)}.")
+    return Scores(
+        scores.total.float().cpu(),
+        {key: value.float().cpu() for key, value in scores.components.items()},
+        None if scores.per_token is None else scores.per_token.float().cpu(),
+    )
+
+
+def reward_terms(spec: Any, dtype: str, batch_size: int) -> list[RewardTerm]:
+    """The rewards that a flag names: functions are imported now, models are loaded when they are first needed.
+
+    Args:
+        spec: one of these, or a list of them:
+            a reward model: a folder, a hub id, `package:NAME`, a `.ckpt` file or a module;
+            a function or a callable object; the dotted path of a function, or of a class that needs no arguments;
+            `{class_path: dotted path of a class, init_args: {...}}`;
+            the URL of a service, see `HTTPReward`.
+        dtype: of the weights of reward models.
+        batch_size: most texts in one forward of a reward model.
+    """
     if isinstance(spec, list | tuple):
         return [term for one in spec for term in reward_terms(one, dtype, batch_size)]
-    if callable(spec) and not isinstance(spec, torch.nn.Module):
-        return [FunctionReward(spec)]
-    if isinstance(spec, str) and not _names_a_model(spec):
-        return [FunctionReward(spec)]
-    return [ModelReward(spec, dtype, batch_size)]
+    models = {"dtype": dtype, "batch_size": batch_size}
+    if isinstance(spec, dict):
+        spec = _instance(spec, models)
+    elif isinstance(spec, str) and spec.startswith(("http://", "https://")):
+        spec = HTTPReward(spec)
+    elif isinstance(spec, str) and not _names_a_model(spec):
+        spec = _imported(spec)
+    if isinstance(spec, type):
+        spec = _made(spec, {})
+    if isinstance(spec, ModelReward | EnsembleReward | FunctionReward):
+        return [spec]
+    if isinstance(spec, str | torch.nn.Module):
+        return [ModelReward(spec, **models)]
+    require("reward", callable(spec), "a reward model, a function, a callable object, a URL, or a list of these", spec)
+    return [FunctionReward(spec)]
+
+
+def _instance(spec: dict[str, Any], models: dict[str, Any]) -> Any:
+    """Of `class_path` and `init_args`; reward models take the module's flags where `init_args` do not say otherwise."""
+    expected = "`class_path` and `init_args` in a mapping"
+    require("reward", "class_path" in spec and spec.keys() <= {"class_path", "init_args"}, expected, spec)
+    found = _imported(spec["class_path"])
+    require("reward", isinstance(found, type), f"a class at class_path={spec['class_path']}", found)
+    arguments = spec.get("init_args") or {}
+    return _made(found, models | arguments if issubclass(found, ModelReward | EnsembleReward) else arguments)
+
+
+def _made(cls: type, arguments: dict[str, Any]) -> Any:
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`reward`: {path} cannot be made with {arguments}: {str(error).rstrip('.')}. "
+            f"Its arguments are given as {{class_path: {path}, init_args: {{...}}}}."
+        ) from error
 
 
 def _names_a_model(spec: str) -> bool:
@@ -180,21 +193,17 @@ def _names_a_model(spec: str) -> bool:
     return "/" in spec or spec.startswith(PACKAGE_PREFIX) or Path(spec).exists()
 
 
-def _imported(path: str) -> Callable:
+def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`reward={path}` is neither the dotted path of a Python function that can be imported ({error}), nor the "
-            "folder, hub id or .ckpt file of a reward model."
+            f"`reward={path}` is neither the dotted path of a Python function or class that can be imported ({error}), "
+            "nor the folder, hub id or .ckpt file of a reward model, nor a URL."
         ) from error
 
 
 def _different(names: list[str]) -> list[str]:
     """The names, with a number after those that stand there already."""
     return [name if names.index(name) == i else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
-
-
-def _shown(prompt: str, response: str) -> str:
-    return f"prompt {prompt[-80:]!r}, response {response[:80]!r}"

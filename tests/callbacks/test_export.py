@@ -41,3 +41,12 @@ def test_without_lora_an_adapter_is_refused_before_training(hyperparameters, fit
     with pytest.raises(ValueError, match="`lora_r` is 0"):
         fit([HuggingFaceExport(lora="adapter")], module=module)
     assert module.trace == module.exported == []
+
+
+def test_with_4_bits_only_the_adapter_is_written(fit, module):
+    module.save_hyperparameters({"lora_r": 4, "load_in_4bit": True})
+    with pytest.raises(ValueError, match=r"`HuggingFaceExport\(lora=merged\)`: with `load_in_4bit`.*`lora: adapter`"):
+        fit([HuggingFaceExport()], module=module)
+    assert module.trace == module.exported == []
+    fit([HuggingFaceExport(lora="adapter")], module=module)
+    assert len(module.exported) == 1

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from adapters import save_reward_adapter
 from conftest import make_llama
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lightning_rlhf.modules.backbone import (
     Scorer,
@@ -199,3 +200,124 @@ def test_copies_of_a_scorer_have_normalisers_of_their_own(reward_folder):
     scorer = Scorer.load(reward_folder, "float32")
     copy.deepcopy(scorer).set_normalizer(9.0, 9.0)
     assert (scorer.mean, scorer.std) == (0.75, 2.5)
+
+
+# --- adapters of reward models, numbers, bits ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(policy, tmp_path_factory) -> str:
+    """The folder of a reward model's adapter."""
+    return save_reward_adapter(policy, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_beside_the_weights_is_trainable_and_computes_what_the_merged_one_does(policy, adapter, dtype):
+    scorer = Scorer.load(policy, dtype).beside_adapter(adapter)
+    merged_one = Scorer.load(adapter, "float32")
+    assert torch.equal(scorer.head.weight, merged_one.head.weight)
+    assert (scorer.mean, scorer.std) == (merged_one.mean, merged_one.std) == (0.5, 2.0)
+    trained = {name for name, p in scorer.named_parameters() if p.requires_grad}
+    assert trained == {
+        name for name, _ in scorer.named_parameters() if "lora_" in name or name.endswith("score.weight")
+    }
+    assert {p.dtype for name, p in scorer.named_parameters() if name in trained} == {torch.float32}
+    with torch.no_grad():
+        tolerance = {} if dtype == "float32" else dict(rtol=0.05, atol=0.2)
+        torch.testing.assert_close(scorer.raw(BATCH, MASK), merged_one.raw(BATCH, MASK), **tolerance)
+
+
+def test_an_adapter_of_another_size_is_refused(adapter, tmp_path):
+    make_llama(vocab_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"The adapter `.*` does not fit its base model, see `.*layers\.1\."):
+        Scorer.load(str(tmp_path), "float32").beside_adapter(adapter)
+
+
+def test_a_shape_takes_the_shape_of_an_adapter(policy, adapter):
+    with torch.device("meta"):
+        shape = Scorer.load(policy, "float32").beside_adapter(adapter)
+    whole = Scorer.load(policy, "float32").beside_adapter(adapter)
+    assert {p.device.type for p in shape.parameters()} == {"meta"}
+    sizes = [{name: (p.shape, p.requires_grad) for name, p in s.named_parameters()} for s in (shape, whole)]
+    assert sizes[0] == sizes[1]
+    assert (shape.mean, shape.std) == (0.5, 2.0)
+
+
+def test_conv1d_layers_take_adapters_without_a_warning(learned_positions):
+    reference = copy.deepcopy(learned_positions)
+    model = add_lora(learned_positions, 2, 4, "all-linear")
+    torch.testing.assert_close(logits(model), logits(reference))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    torch.testing.assert_close(logits(merged(model)), logits(model))
+    assert not torch.allclose(logits(model), logits(reference))
+
+
+def test_rotary_frequencies_stay_in_float32(reward_folder, policy, adapter):
+    """In bfloat16 the error of an angle would grow with the position."""
+    exact = make_llama().model.rotary_emb.inv_freq
+    models = [
+        Scorer.load(reward_folder, "bfloat16"),
+        Scorer.load(adapter, "bfloat16"),
+        Scorer.load(Scorer.load(reward_folder, "float32").model, "bfloat16"),
+        load_causal_lm(policy, "bfloat16"),
+        load_causal_lm(make_llama(vocab_size=8), "bfloat16"),
+    ]
+    for model in models:
+        (frequencies,) = {b.data_ptr(): b for name, b in model.named_buffers() if name.endswith(".inv_freq")}.values()
+        torch.testing.assert_close(frequencies, exact, rtol=0, atol=0)
+
+
+# --- 4 bits -------------------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """Instead of a load: with which arguments it would have been."""
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    """Lets 4 bits pass for available, and models not be loaded."""
+
+    def reached(spec, **options):
+        raise Reached(spec, options)
+
+    monkeypatch.setattr("lightning_rlhf.modules.quantization.check_available", lambda: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reached)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", reached)
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, Scorer.load])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_bitsandbytes_is_asked_for_4_bits(load, dtype, loading, policy):
+    with pytest.raises(Reached) as reached:
+        load(policy, dtype, load_in_4bit=True)
+    spec, options = reached.value.args
+    config = options["quantization_config"]
+    assert spec == policy
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == getattr(torch, dtype)
+    assert set(config.llm_int8_skip_modules) == {"lm_head", "score"}
+    assert options["dtype"] == (getattr(torch, dtype) if load is load_causal_lm else torch.float32)
+    with pytest.raises(Reached) as reached:
+        load(policy, dtype)
+    assert "quantization_config" not in reached.value.args[1]
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, Scorer.load])
+def test_only_a_whole_models_folder_is_read_in_4_bits(load, loading, adapter):
+    with pytest.raises(ValueError, match="`load_in_4bit` reads a whole model's folder or hub id, but got a model obj"):
+        load(make_llama(), "bfloat16", load_in_4bit=True)
+    with pytest.raises(ValueError, match=f"but got the adapter `{adapter}`.*`--lora merged`"):
+        load(adapter, "bfloat16", load_in_4bit=True)
+
+
+@pytest.mark.parametrize("scorer", [False, True])
+def test_nothing_is_merged_into_4_bits(scorer, reward_folder):
+    model = add_lora(Scorer.load(reward_folder, "float32").model, 2, 4, "all-linear")
+    unwrapped(model).is_loaded_in_4bit = True
+    with pytest.raises(ValueError, match=r"cannot be merged into weights of 4 bits.*`--lora adapter`"):
+        merged(Scorer(model) if scorer else model)
