@@ -66,6 +66,8 @@ def export(
         raise ValueError(f"`--folder`: the base model itself is in `{folder}`; name another folder.")
     if lora == "adapter" and not module.hparams.lora_r:
         raise ValueError("`--lora adapter`: the checkpoint holds all weights and no adapter; leave the flag out.")
+    if lora == "merged" and hyperparameters.get("load_in_4bit"):
+        raise ValueError("`--lora merged`: it was trained beside weights of 4 bits. Give `--lora adapter`.")
     network = load_network(module)
     restore(module, network, checkpoint)
     partial = beside(target, "partial")
@@ -129,7 +131,8 @@ def rebuild(checkpoint: dict[str, Any], hyperparameters: dict[str, Any]) -> Text
     if "model" not in hyperparameters:
         raise ValueError("`--model`: the checkpoint does not say what its base model is; it was given as an object.")
     hyperparameters |= {"dtype": checkpoint.get("dtype", hyperparameters["dtype"])}  # `precision` may have ruled
-    needed = inspect.signature(TextModule).parameters.keys() & hyperparameters.keys()
+    # Bits are a matter of training: here the adapter alone matters, and there may be no GPU.
+    needed = inspect.signature(TextModule).parameters.keys() & hyperparameters.keys() - {"load_in_4bit"}
     return known[name](**{name: hyperparameters[name] for name in needed})
 
 
@@ -170,4 +173,4 @@ def restore(module: TextModule, network: nn.Module, checkpoint: dict[str, Any]) 
         if isinstance(part, PreTrainedModel):
             part.tie_weights()
     if isinstance(network, Scorer):
-        network.set_normalizer(*checkpoint["normalizer"])
+        module.take_over(checkpoint)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..pretrained import resolve
-from .backbone import NORMALIZER, Scorer, adapter_base, merged
+from .backbone import NORMALIZER, Scorer, adapter_base, merged, unwrapped
 
 WHOLE = ("config.json", "generation_config.json", "model*.safetensors*")
 ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NORMALIZER)
@@ -41,8 +41,10 @@ def save_network(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(network, Scorer):
         save_adapter(network.model, folder, place, TaskType.SEQ_CLS, heads=["score"])
-        normalizer = {"mean": network.mean, "std": network.std}
-        (folder / NORMALIZER).write_text(json.dumps(normalizer) + "\n")
+        said = {"mean": network.mean, "std": network.std}
+        if objective := getattr(unwrapped(network.model).config, "reward_objective", None):
+            said["objective"] = objective
+        (folder / NORMALIZER).write_text(json.dumps(said) + "\n")
     else:
         save_adapter(network, folder, place, TaskType.CAUSAL_LM)
 

@@ -83,13 +83,16 @@ class PairAgreement(Metric):
         return ((difference > 0).double() + 0.5 * (difference == 0))[higher].mean()
 
 
-class SoftCalibrationError(Metric):
-    """Expected calibration error of pair probabilities against labels in [0, 1] (hard or shares of raters).
+class CalibrationError(Metric):
+    """Expected calibration error of probabilities against labels in [0, 1] (hard, or shares of raters).
 
     ECE = Σ_bins share of bin · |mean probability − mean label|  (Guo et al. 2017, https://arxiv.org/abs/1706.04599)
 
-    Every pair enters in both orders, (p, y) and (1 − p, 1 − y): which text is called the first is arbitrary.
+    `reliability` is what a reliability diagram shows, of the last `compute`: per bin the count, the mean probability
+    and the mean label, (num_bins, 3), NaN where a bin is empty. It outlives `reset`; None before the first.
     """
+
+    reliability: Tensor | None = None
 
     def __init__(self, num_bins: int = 10) -> None:
         super().__init__()
@@ -97,13 +100,24 @@ class SoftCalibrationError(Metric):
         self.add_state("sums", torch.zeros(num_bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Add pairs: both of shape (N,)."""
-        p = torch.cat([probabilities, 1 - probabilities]).detach().double()
-        y = torch.cat([labels, 1 - labels]).double()
+        """Add predictions: both of shape (N,)."""
+        p, y = probabilities.detach().double(), labels.double()
         bins = (p * self.num_bins).long().clamp(max=self.num_bins - 1)
         self.sums = self.sums.index_add(0, bins, torch.stack([torch.ones_like(p), p, y], dim=1))
 
     def compute(self) -> Tensor:
         """The error, 0 is perfect."""
         count, p, y = self.sums.unbind(1)
+        self.reliability = torch.stack([count, p / count, y / count], dim=1).cpu()
         return (p - y).abs().sum() / count.sum()
+
+
+class PairCalibrationError(CalibrationError):
+    """The same of the probabilities that one text of a pair is preferred.
+
+    Every pair enters in both orders, (p, y) and (1 − p, 1 − y): which text is called the first is arbitrary.
+    """
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Add pairs: both of shape (N,)."""
+        super().update(torch.cat([probabilities, 1 - probabilities]), torch.cat([labels, 1 - labels]))

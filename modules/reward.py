@@ -6,103 +6,108 @@
 How it departs from InstructGPT (https://arxiv.org/abs/2203.02155):
 1. Besides chosen/rejected pairs it learns from ratings: one forward per text, then every pair of the batch is compared,
    with the share of raters who preferred one as a soft label.
-2. Scores are normalised on held-out reference text to mean 0 and standard deviation 1 (InstructGPT: mean 0).
+2. A ranked list is one observation (Plackett-Luce) instead of all its pairs.
+3. Scores are normalised on held-out reference text to mean 0 and standard deviation 1 (InstructGPT: mean 0).
+
+`reward_objectives.py` holds what may be learned, `reward_evaluation.py` what is reported of held-out texts.
 """
 
-import warnings
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
 from transformers import PreTrainedModel
 
-from ..functional import mean_rating, preference_matrix, soft_bradley_terry_loss
-from .backbone import Scorer
-from .metrics import Moments, PairAgreement, SoftCalibrationError
+from .backbone import Scorer, unwrapped
+from .metrics import Moments
+from .reward_evaluation import RewardEvaluation
+from .reward_objectives import Preferences, RewardObjective
 from .text_module import TextModule
 
 
-class Comparisons(NamedTuple):
-    """Pairs of texts (i, j) to learn from; each field has shape (N,)."""
-
-    difference: Tensor
-    """Score of i minus score of j."""
-    preference: Tensor
-    """Share of people who prefer i, in [0, 1]."""
-    margin: Tensor
-    """By how much i should win."""
-
-
 class RewardModule(TextModule):
-    """A language model with a scalar head, trained on comparisons (Bradley-Terry).
+    """A language model with a scalar head, trained on what people prefer.
+
+    Without an `objective` it learns from comparisons (Bradley-Terry):
 
     loss = − p log σ(r_i − r_j − margin) − (1 − p) log σ(−(r_i − r_j − margin)), a mean over pairs,
 
-    with r read at the last real token. From a `PreferenceDataModule`, i is the chosen text and p = 1. From a
-    `RatingDataModule`, i < j run over all texts of the batch and p is the share of (rater of i, rater of j) pairs in
-    which i was rated higher.
+    with r read at the last real token. From a `PreferenceDataModule`, i is the chosen text and p = 1, or the share of
+    people who chose it. From a `RatingDataModule`, i < j run over all texts of the batch and p is the share of
+    (rater of i, rater of j) pairs in which i was rated higher. The lists of a `RankingDataModule` are learned whole:
+
+    loss = −Σ_k log( exp r_(k) / Σ_{j ≥ k} exp r_(j) ) from the best to the worst, a mean over lists (Plackett-Luce).
 
     At the end of every validation the normaliser is fitted: scores of the validation texts then have mean 0 and
     standard deviation 1. It is saved with the model. Without validation data scores stay raw.
 
     Args:
         model: a hub id, a local folder, `package:NAME`, or a `PreTrainedModel` with a `score` head.
-        gaps: agreement is also reported for pairs whose ratings (or margins) differ by more than each of these.
+        objective: another loss, such as `OrdinalRatings` or `RatingRegression`; None is the above.
+        gaps: agreement is also reported for pairs whose ratings, margins or ranks differ by more than each of these.
         **kwargs: see `TextModule`.
     """
 
-    def __init__(self, model: str | PreTrainedModel, *, gaps: tuple[float, ...] = (1.0, 2.0), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        objective: RewardObjective | None = None,
+        gaps: tuple[float, ...] = (1.0, 2.0),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, **kwargs)
         self.network: Scorer | None = None
+        self.objective = Preferences() if objective is None else objective
+        self.evaluation = RewardEvaluation(gaps)
         self.reference_moments = Moments()
-        self.calibration = SoftCalibrationError()
-        with warnings.catch_warnings():  # that ranks need all values in memory: one number per held-out text
-            warnings.simplefilter("ignore")
-            self.correlations = nn.ModuleDict({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
-        self.agreements = nn.ModuleDict({_agreement_name(g): PairAgreement(g) for g in (0.0, *gaps)})
 
     def load_network(self) -> Scorer:
         """The backbone and its head, with adapters if `lora_r` says so."""
-        scorer = Scorer.load(self._model_spec, self.backbone_dtype, self.hparams.trust_remote_code)
+        hparams = self.hparams
+        scorer = Scorer.load(self._model_spec, self.backbone_dtype, hparams.trust_remote_code, hparams.load_in_4bit)
         return Scorer(self.prepare_backbone(scorer.model))
 
+    def build(self) -> list[nn.Module]:
+        """Load the network; the objective goes on from what the model's own training left."""
+        networks = super().build()
+        self.objective.start_from(getattr(self.config, "reward_objective", {}))
+        return [*networks, self.objective] if [*self.objective.parameters()] else networks
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Two groups if the objective has parameters: they have a learning rate of their own, and do not decay."""
+        own = list(self.objective.parameters())
+        if not own:
+            return super().parameter_groups()
+        rate = self.hparams.learning_rate if self.objective.learning_rate is None else self.objective.learning_rate
+        return [
+            {"params": [p for p in self.network.parameters() if p.requires_grad], "name": "network"},
+            {"params": own, "name": "objective", "lr": rate, "weight_decay": 0.0},
+        ]
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Normalised scores (B,) of tokenised texts."""
+        """Normalised scores (N,) of tokenised texts."""
         return self.network(batch["input_ids"], batch["attention_mask"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Summed loss over the pairs of the batch."""
-        pairs = compare(self.network.raw(batch["input_ids"], batch["attention_mask"]), batch)
-        losses = soft_bradley_terry_loss(*pairs)
-        self.log_mean("train/agreement", _agrees(pairs), pairs.preference != 0.5, batch_size=1)
-        return self.mean_loss(losses.sum(), losses.numel())
+        """Summed loss over the pairs, lists or texts of the batch."""
+        raw = self.network.raw(batch["input_ids"], batch["attention_mask"])
+        judged = self.objective(raw, batch)
+        self.log_mean("train/agreement", judged.pairs.agreement, judged.pairs.decided, batch_size=1)
+        return self.mean_loss(judged.losses.sum(), judged.losses.numel())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Agreement by gap, correlation, calibration."""
-        self._evaluate(batch, "val")
+        """Agreement with people, and what the normaliser is fitted on."""
+        self.reference_moments.update(self._evaluate(batch, "val"))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Agreement by gap, correlation, calibration."""
+        """Agreement with people."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         raw = self.network.raw(batch["input_ids"], batch["attention_mask"])
-        pairs = compare(raw, batch)
-        if stage == "val":
-            self.reference_moments.update(raw)
-        self.log_mean(f"{stage}/loss", soft_bradley_terry_loss(*pairs), batch_size=1)
-        self.calibration.update(pairs.difference.sigmoid(), pairs.preference)
-        self.log(f"{stage}/calibration_error", self.calibration, on_epoch=True, batch_size=1)
-        if "ratings" not in batch:
-            for name, agreement in self.agreements.items():
-                gap = pairs.margin > agreement.min_gap if agreement.min_gap else torch.ones_like(pairs.margin).bool()
-                self.log_mean(f"{stage}/{name}", _agrees(pairs), gap, batch_size=1)
-            return
-        rating = mean_rating(batch["ratings"], batch["ratings_mask"])
-        for name, metric in [*self.agreements.items(), *self.correlations.items()]:
-            metric.update(raw, rating)
-            self.log(f"{stage}/{name}", metric, on_epoch=True, batch_size=1, prog_bar=name == "agreement")
+        self.evaluation.log(self, stage, raw, self.objective(raw, batch), batch)
+        return raw
 
     def on_validation_epoch_end(self) -> None:
         """Fit the normaliser on the validation texts."""
@@ -119,31 +124,47 @@ class RewardModule(TextModule):
         ]
         return {"text": decoded, "score": self(batch).tolist()}
 
+    # --- checkpoints and export -----------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The network's config, which travels with the exported model."""
+        return unwrapped(self.network.model).config
+
+    def describe(self, objective: dict[str, Any]) -> None:
+        """Let the config say what the network was trained by."""
+        if objective:
+            self.config.reward_objective = objective
+        elif hasattr(self.config, "reward_objective"):
+            del self.config.reward_objective
+
+    def on_train_start(self) -> None:
+        """What an earlier training left in the config is no longer true."""
+        super().on_train_start()
+        self.describe(self.objective.settings())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The normaliser goes along."""
+        """The normaliser goes along, and what the exported model says of the objective."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["normalizer"] = [self.network.mean, self.network.std]
+        checkpoint["objective"] = self.objective.settings() or getattr(self.config, "reward_objective", {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The normaliser comes back."""
+        """The normaliser comes back. Who only loads a module to score needs no objective."""
+        strange = {k for k in checkpoint["state_dict"].keys() - self.state_dict().keys() if k.startswith("objective.")}
+        if strange and self._trainer is not None:
+            raise ValueError("`objective`: the checkpoint was trained with one that has parameters; give it as there.")
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in strange}
         super().on_load_checkpoint(checkpoint)
+        self.take_over(checkpoint)
+
+    def take_over(self, checkpoint: dict[str, Any]) -> None:
+        """What a checkpoint says of the network beside its tensors."""
         self.network.set_normalizer(*checkpoint["normalizer"])
+        self.describe(checkpoint.get("objective", {}))
 
-
-def compare(raw: Tensor, batch: dict[str, Tensor]) -> Comparisons:
-    """The pairs of a batch: given ones, or with ratings every text against every other."""
-    if "ratings" in batch:
-        i, j = torch.triu_indices(len(raw), len(raw), offset=1, device=raw.device)
-        preference = preference_matrix(batch["ratings"], batch["ratings_mask"])[i, j]
-        return Comparisons(raw[i] - raw[j], preference, torch.zeros_like(preference))
-    chosen, rejected = raw.chunk(2)
-    return Comparisons(chosen - rejected, torch.ones_like(chosen), batch["margin"])
-
-
-def _agrees(pairs: Comparisons) -> Tensor:
-    """1 where the scores prefer the text that people prefer, 1/2 at equal scores, else 0."""
-    return (1 + pairs.difference.sign() * (pairs.preference - 0.5).sign()) / 2
-
-
-def _agreement_name(gap: float) -> str:
-    return f"agreement_gap_{gap:g}".replace(".", "_") if gap else "agreement"
+    def save_pretrained(self, folder: str | Path, merge: bool = True) -> None:
+        """Write a Hugging Face folder, the objective's settings in its config; see `TextModule`."""
+        if settings := self.objective.settings():
+            self.describe(settings)
+        super().save_pretrained(folder, merge)

@@ -27,7 +27,7 @@ from lightning_rlhf.datamodules import PreferenceDataModule, PromptDataModule, S
 from lightning_rlhf.export import export, read_checkpoint
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.backbone import Scorer, load_causal_lm
-from lightning_rlhf.modules.scoring import ModelReward
+from lightning_rlhf.modules.scoring import ModelReward, Responses
 from lightning_rlhf.strategies import FSDP2Strategy
 from lightning_rlhf.train import main
 
@@ -189,7 +189,7 @@ def assert_loads(folder: Path, kind: str, expected: Tensor, adapter: bool = Fals
         assert_same(raw, expected[1])
     texts = [bytes(row.tolist()).decode() for row in IDS]
     with_eos = torch.cat([IDS, torch.zeros(2, 1, dtype=torch.long)], dim=1)
-    scores = ModelReward(str(folder))(texts, ["", ""], {})
+    scores = ModelReward(str(folder))(Responses(texts, ["", ""]))
     assert_same(scores, Scorer.load(str(folder), "float32")(with_eos, torch.ones_like(with_eos)).detach())
 
 

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from lightning_rlhf.modules.metrics import Mean, Moments, PairAgreement, Perplexity, SoftCalibrationError
+from lightning_rlhf.modules.metrics import (
+    CalibrationError,
+    Mean,
+    Moments,
+    PairAgreement,
+    PairCalibrationError,
+    Perplexity,
+)
 
 
 def fed(metric, *columns, parts=3):
@@ -80,12 +87,12 @@ def test_calibration_error_is_the_sum_over_bins(bins, parts):
         if inside:
             distance = abs(sum(a for a, _ in inside) - sum(b for _, b in inside)) / len(inside)
             error += len(inside) / len(pairs) * distance
-    assert fed(SoftCalibrationError(bins), p, y, parts=parts).item() == pytest.approx(error, rel=1e-5)
+    assert fed(PairCalibrationError(bins), p, y, parts=parts).item() == pytest.approx(error, rel=1e-5)
 
 
 def test_calibration_error_by_hand():
     # (0.85, 1) and (0.15, 0) twice: off by 0.15 everywhere
-    metric = SoftCalibrationError()
+    metric = PairCalibrationError()
     metric.update(torch.tensor([0.85, 0.15]), torch.tensor([1.0, 0.0]))
     assert metric.compute().item() == pytest.approx(0.15)
     metric.reset()
@@ -93,9 +100,34 @@ def test_calibration_error_by_hand():
     assert metric.compute().item() == pytest.approx(0, abs=1e-6)
 
 
+def test_calibration_of_levels_counts_each_prediction_once():
+    # Bins [0.2, 0.3): (0.2, 0) and (0.25, 1); [0.8, 0.9): (0.85, 1)
+    p, y = torch.tensor([0.2, 0.85, 0.25]), torch.tensor([0.0, 1.0, 1.0])
+    metric = CalibrationError()
+    assert fed(metric, p, y).item() == pytest.approx((abs(0.45 - 1) + abs(0.85 - 1)) / 3)
+    assert fed(PairCalibrationError(), p, y).item() != pytest.approx(metric.compute().item())
+
+
+@pytest.mark.parametrize("kind", [CalibrationError, PairCalibrationError])
+def test_reliability_outlives_a_reset(kind):
+    metric = kind(4)
+    assert metric.reliability is None
+    metric.update(torch.tensor([0.1, 0.9, 1.0]), torch.tensor([0.0, 1.0, 0.0]))
+    error = metric.compute()
+    metric.reset()
+    count, predicted, observed = metric.reliability.T
+    twice = kind is PairCalibrationError
+    assert count.tolist() == ([3, 0, 0, 3] if twice else [1, 0, 0, 2])
+    assert predicted[[0, 3]].tolist() == pytest.approx([0.2 / 3, 2.8 / 3] if twice else [0.1, 0.95])
+    assert observed[[0, 3]].tolist() == pytest.approx([1 / 3, 2 / 3] if twice else [0, 0.5])
+    assert predicted[1:3].isnan().all()
+    gap = (count * (predicted - observed).abs()).nansum() / count.sum()
+    assert gap.item() == pytest.approx(error.item())
+
+
 def test_metrics_do_not_follow_gradients():
     x = torch.ones(3, requires_grad=True)
-    moments, agreement, calibration = Moments(), PairAgreement(), SoftCalibrationError()
+    moments, agreement, calibration = Moments(), PairAgreement(), PairCalibrationError()
     moments.update(x)
     agreement.update(x, torch.arange(3.0))
     calibration.update(x / 2, torch.ones(3))

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from lightning_rlhf.modules import RewardModule
-from lightning_rlhf.modules.reward import compare
-from lightning_rlhf.modules.scoring import ModelReward
+from lightning_rlhf.modules.reward_objectives import compare
+from lightning_rlhf.modules.scoring import ModelReward, Responses
 
 CHOSEN = [[1, 2, 3, 0], [4, 5, 0], [6, 7, 7, 7, 1, 0]]
 REJECTED = [[1, 2, 0], [4, 6, 6, 6, 0], [6, 0]]
@@ -107,7 +107,7 @@ def test_loss_of_ratings_by_hand():
         "ratings": torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 0.0]]),
         "ratings_mask": torch.tensor([[True, True], [True, False], [True, False]]),
     }
-    difference, preference, margin = compare(raw, batch)
+    difference, preference, margin, _ = compare(raw, batch)
     assert difference.tolist() == [-1, -3, -2]
     assert preference.tolist() == [0.5, 0, 0]
     assert margin.tolist() == [0, 0, 0]
@@ -223,7 +223,7 @@ def test_figures_of_pairs_against_brute_force(scored, make_trainer):
 
 def test_gaps_are_those_asked_for(reward, make_trainer):
     metrics = make_trainer().validate(reward(gaps=(0.5,)), loader([rated()]), verbose=False)[0]
-    assert {k for k in metrics if "agreement" in k} == {"val/agreement", "val/agreement_gap_0_5"}
+    assert {k for k in metrics if "agreement" in k and "length" not in k} == {"val/agreement", "val/agreement_gap_0_5"}
 
 
 def test_training_logs_agreement_and_loss(scored, fit):
@@ -313,7 +313,7 @@ def test_saved_and_loaded_models_give_the_same_scores(reward, make_trainer, tmp_
     with torch.no_grad():
         expected = module(padded([[1, 2, 3, 0], [4, 5, 0], [6, 0]]))
     for spec in (str(tmp_path / "a.ckpt"), str(tmp_path / "folder"), module):
-        scores = ModelReward(spec)(texts, ["", "", ""], {})
+        scores = ModelReward(spec)(Responses(texts, ["", "", ""]))
         torch.testing.assert_close(scores, expected)
 
 
