@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -52,6 +52,8 @@ class TextDataModule(L.LightningDataModule):
             less padding, more speed. Rows are still shuffled within and across windows of 16 batches.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the order of training rows (which also depends on the epoch) and of `max_rows`.
+        predict_split: Split that `predict` works on, in the order of the data; None is the test split, else the
+            validation split.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class TextDataModule(L.LightningDataModule):
         group_by_length: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        predict_split: Literal["train", "validation", "test"] | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -82,6 +85,7 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.val_share, self.max_rows, self.max_val_rows = val_share, max_rows, max_val_rows
         self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
+        self.predict_split = predict_split
         self.rows: dict[str, Dataset] = {}  # by split, filled by setup
         self._tokenizer = tokenizer
         self._measured = False
@@ -153,8 +157,11 @@ class TextDataModule(L.LightningDataModule):
         return self._held_out(self._test_rows())
 
     def predict_dataloader(self) -> Any:
-        """As for testing, but always in the order of the data."""
-        return self._loader(self._test_rows(), self.val_batch_size)
+        """The test split, else the validation split, or `predict_split`; in the order of the data."""
+        split = self.predict_split
+        if split is not None and self.rows and split not in self.rows:
+            raise ValueError(f"`predict_split`={split}: the data has only {', '.join(self.rows)}")
+        return self._loader(self._test_rows() if split is None else self.ready(split), self.val_batch_size)
 
     # For subclasses and modules
 

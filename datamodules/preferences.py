@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -31,12 +32,13 @@ from .text import (
 class PreferenceDataModule(TextDataModule):
     """Rows of chosen and rejected, as text or as chat messages, with or without a prompt column.
 
-    Without a prompt, what chosen and rejected begin with in common is the prompt: whole messages, or text up to the end
-    of the last common word.
+    Pairs of the same text are left out, and counted in a warning. Without a prompt, what chosen and rejected begin with
+    in common is the prompt: whole messages, or text up to the end of the last common word.
 
     A batch, padded on the right: `input_ids` (2B, L) int64, the B chosen first, then the B rejected, so that one
     forward pass serves both; `attention_mask` (2B, L) int64; `loss_mask` (2B, L) bool, True at the completion with its
-    EOS; `margin` (B,) float32, by how much chosen is better, 0 where the data does not say.
+    EOS; `margin` (B,) float32, by how much chosen is better, 0 where the data does not say; `preference` (B,) float32,
+    share of people who prefer chosen, 1 where the data does not say.
 
     Args:
         data: Training data: a hub id, a .jsonl, .json, .csv or .parquet file, a folder of those, `vader:NAME` or a
@@ -45,6 +47,7 @@ class PreferenceDataModule(TextDataModule):
         chosen_column: Column of the better answers; None looks for chosen.
         rejected_column: Column of the worse answers; None looks for rejected.
         margin_column: Column of numbers that say how much better; None looks for margin.
+        preference_column: Column of the shares, 0 to 1, of people who prefer chosen; None looks for preference.
         **kwargs: The other arguments of `TextDataModule`.
     """
 
@@ -55,6 +58,7 @@ class PreferenceDataModule(TextDataModule):
         chosen_column: str | None = None,
         rejected_column: str | None = None,
         margin_column: str | None = None,
+        preference_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(data, **kwargs)
@@ -63,7 +67,9 @@ class PreferenceDataModule(TextDataModule):
             "rejected": rejected_column,
             "prompt": prompt_column,
             "margin": margin_column,
+            "preference": preference_column,
         }
+        self._ties = 0
 
     def select(self, dataset: Dataset, where: str) -> Dataset:
         required = ("chosen", "rejected")
@@ -73,25 +79,31 @@ class PreferenceDataModule(TextDataModule):
         )
 
     def check_row(self, row: dict[str, Any]) -> None:
-        chosen, rejected = check_text(row["chosen"], "chosen"), check_text(row["rejected"], "rejected")
+        chosen, rejected = (check_text(row[name], name, allow_empty="prompt" in row) for name in ("chosen", "rejected"))
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise ValueError("chosen and rejected must both be text or both be lists of messages")
         if chosen == rejected:
-            raise ValueError("chosen and rejected are the same, which says nothing; delete the row")
+            return  # left out by `measure`
         if "prompt" in row:
             prompt = check_text(row["prompt"], "prompt", allow_empty=True)
             if isinstance(chosen, str) and not isinstance(prompt, str):
                 raise ValueError("prompt is a list of messages while chosen and rejected are text; make them alike")
         _, chosen, rejected = pair(row)
-        check_text(chosen, "chosen, after the common prompt,")
-        check_text(rejected, "rejected, after the common prompt,")
+        check_text(chosen, "chosen, after the common prompt,", allow_empty="prompt" in row)
+        check_text(rejected, "rejected, after the common prompt,", allow_empty="prompt" in row)
         if "margin" in row:
             as_number(row["margin"], "margin")
+        share = as_number(row.get("preference", 1), "preference")
+        if not 0 <= share <= 1:
+            raise ValueError(f"preference must be the share of people who prefer chosen, 0 to 1, not {share}")
 
     def identity(self, row: dict[str, Any]) -> Any:
         return pair(row)[0] or row  # all pairs of one prompt on the same side
 
     def measure(self, row: dict[str, Any]) -> Fate:
+        if row["chosen"] == row["rejected"]:
+            self._ties += 1
+            return Fate(cut=False, kept=False)
         prompt, chosen, rejected = pair(row)
         texts = ["".join(render(self.tokenizer, prompt, answer)[:2]) for answer in (chosen, rejected)]
         if all(surely_fits(text, self.max_length) for text in texts):
@@ -100,6 +112,13 @@ class PreferenceDataModule(TextDataModule):
         ends = [encoded.ids[: self.max_length] for encoded in both]
         learnable = all(any(encoded.loss_mask[: self.max_length]) for encoded in both)
         return Fate(cut=any(len(x.ids) > self.max_length for x in both), kept=learnable and ends[0] != ends[1])
+
+    def report(self, cut: int, dropped: int, total: int) -> None:
+        if self._ties:
+            rank_zero_warn(
+                f"{self._ties} of {total} pairs have the same text twice, which says nothing, and are left out"
+            )
+        super().report(cut, dropped - self._ties, total)
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         return partial(collate, tokenizer=self.tokenizer, max_length=self.max_length)
@@ -125,5 +144,11 @@ def collate(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_
         "input_ids": pad(ids, "right", pad_id(tokenizer)),
         "attention_mask": padding_mask(ids, "right").long(),
         "loss_mask": pad(loss_masks, "right", False),
-        "margin": pad([[as_number(row.get("margin", 0), "margin")] for row in rows], "right", 0.0)[:, 0],
+        "margin": column(rows, "margin", 0),
+        "preference": column(rows, "preference", 1),
     }
+
+
+def column(rows: list[dict[str, Any]], name: str, default: float) -> Tensor:
+    """(B,) float32 numbers of a column that the data may lack."""
+    return pad([[as_number(row.get(name, default), name)] for row in rows], "right", 0.0)[:, 0]

@@ -32,7 +32,11 @@ ACCEPTED = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "margin": ("margin",),
+    "preference": ("preference",),
+    "label": ("label",),
     "ratings": ("ratings", "rating"),
+    "responses": ("responses",),
+    "ranks": ("ranks",),
 }
 
 

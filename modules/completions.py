@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..functional import token_logprobs
 from .backbone import load_causal_lm, logits_at
 from .reference import FrozenReference
+from .reference_cache import ReferenceCache, fill, open_cache
 from .text_module import TextModule
 
 
@@ -29,10 +30,19 @@ def completion_logprobs(network: nn.Module, batch: dict[str, Tensor]) -> Complet
         network: a causal LM.
         batch: `input_ids`, `attention_mask` and `loss_mask` (True at completion tokens), all (B, L), right-padded.
     """
+    return completions_of(completion_logits(network, batch), batch)
+
+
+def completion_logits(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(N, V) logits before each of the batch's N completion tokens, row by row, of one forward pass."""
+    before = pad(batch["loss_mask"][:, 1:], (0, 1))  # the position before a token predicts it
+    return logits_at(network, batch["input_ids"], batch["attention_mask"], before)
+
+
+def completions_of(logits: Tensor, batch: dict[str, Tensor]) -> Completions:
+    """From the (N, V) logits of `completion_logits` to sums over the tokens of each completion."""
     mask = batch["loss_mask"][:, 1:]
-    before = pad(mask, (0, 1))  # the position before a token predicts it
-    logits = logits_at(network, batch["input_ids"], batch["attention_mask"], before)
-    per_token = token_logprobs(logits, batch["input_ids"][:, 1:][mask])  # (tokens that count,)
+    per_token = token_logprobs(logits, batch["input_ids"][:, 1:][mask])  # (N,)
     rows = mask.nonzero()[:, 0]
     return Completions(per_token.new_zeros(len(mask)).index_add(0, rows, per_token), mask.sum(1))
 
@@ -44,16 +54,27 @@ class CompletionModule(TextModule):
         model: the starting policy, usually the SFT model's folder.
         reference: the reference, given like `model`; None is the starting policy itself: with LoRA the adapter switched
             off, else a frozen copy.
+        reference_cache: a folder: `fit` then first computes the reference's log-probabilities of all training and
+            validation completions, or finds them there from an earlier run, and gives the reference's memory back
+            before it trains. None asks the reference at every step.
         **kwargs: see `TextModule`.
     """
 
     exported = "policy"
     uses_reference = True
 
-    def __init__(self, model: str | PreTrainedModel, *, reference: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        reference: str | None = None,
+        reference_cache: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, **kwargs)
         self.policy: nn.Module | None = None
         self.reference: FrozenReference | None = None
+        self._cache: ReferenceCache | None = None
 
     def build(self) -> list[nn.Module]:
         """Load the policy and, if the method uses one, its frozen reference."""
@@ -64,10 +85,36 @@ class CompletionModule(TextModule):
         self.reference = FrozenReference(self.policy, other)
         return networks if self.reference.copy is None else [*networks, self.reference.copy]
 
+    def on_fit_start(self) -> None:
+        """With `reference_cache`: look up or compute what the reference says, and let go of it.
+
+        Here a resumed run's reference is still that of its start, and no gradient, no optimizer state and no activation
+        takes memory yet.
+        """
+        if self.hparams.reference_cache is None:
+            return
+        if self._cache is None:
+            self._cache = open_cache(self.hparams.reference_cache, self)
+        fit_loop = self.trainer.fit_loop
+        fit_loop.setup_data()  # Lightning does so itself a little later, and then keeps these loaders
+        if self.trainer.enable_validation:
+            fit_loop.epoch_loop.val_loop.setup_data()
+        with self.trainer.precision_plugin.forward_context():
+            for loader in [*_loaders(self.trainer.train_dataloader), *_loaders(self.trainer.val_dataloaders)]:
+                fill(self._cache, loader, self)
+        self.reference = None
+
     @torch.no_grad()
     def reference_logprobs(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) log π_ref of the completions; 0 for methods without a reference."""
         if not self.uses_reference:
             return torch.zeros(len(batch["input_ids"]), device=self.device)
+        if self.reference is None:
+            return self._cache.lookup(batch)
         with self.reference() as network:
             return completion_logprobs(network, batch).logprobs
+
+
+def _loaders(given: Any) -> list[Any]:
+    """One loader, several, or none, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given] if given is not None else []

@@ -39,8 +39,9 @@ def test_chosen_first_then_rejected(char_tokenizer):
             [False, False, True, True],
         ],
         "margin": [2.0, 1.0],
+        "preference": [1.0, 1.0],
     }
-    assert [value.dtype for value in found.values()] == [torch.int64, torch.int64, torch.bool, torch.float32]
+    assert [value.dtype for value in found.values()] == [torch.int64, torch.int64, torch.bool, *[torch.float32] * 2]
 
 
 def test_conversational_and_implicit_prompts_agree(char_tokenizer):
@@ -63,11 +64,20 @@ def test_implicit_prompt_of_text(char_tokenizer):
 
 
 def test_columns(char_tokenizer):
-    row = {"q": "Q", "good": "g", "bad": "b", "by": 3}
+    row = {"q": "Q", "good": "g", "bad": "b", "by": 3, "share": 0.75}
     flags = {"prompt_column": "q", "chosen_column": "good", "rejected_column": "bad", "margin_column": "by"}
-    found = batch(char_tokenizer, [row], **flags)
+    found = batch(char_tokenizer, [row], preference_column="share", **flags)
     assert found["input_ids"].tolist() == [[81, 103, 0], [81, 98, 0]]
     assert found["margin"].tolist() == [3.0]
+    assert found["preference"].tolist() == [0.75]
+
+
+def test_shares_of_people_are_read_row_by_row(char_tokenizer, write_jsonl):
+    rows = [{"prompt": "p", "chosen": "ab", "rejected": "c", "preference": share} for share in (0, 0.25, 1, "0.5")]
+    module = PreferenceDataModule(write_jsonl(*rows[:3]), tokenizer=char_tokenizer)
+    module.setup("fit")
+    assert module.collate_function()(list(module.ready("train")))["preference"].tolist() == [0, 0.25, 1]
+    assert batch(char_tokenizer, rows[3:])["preference"].tolist() == [0.5]  # the text of a CSV file
 
 
 def test_max_length(char_tokenizer):
@@ -95,18 +105,33 @@ def test_val_share_keeps_pairs_of_one_prompt_together(char_tokenizer):
     [
         ({"chosen": "a"}, "`data`: no rejected column"),
         ({"rejected": "a"}, "`data`: no chosen column"),
-        ({"chosen": "a", "rejected": "a"}, "row 1 .*chosen and rejected are the same"),
         ({"chosen": "", "rejected": "a"}, "row 1 .*chosen is empty"),
         ({"chosen": "a", "rejected": None}, "row 1 .*rejected must be text"),
         ({"chosen": "a b", "rejected": "a "}, "row 1 .*rejected, after the common prompt, is empty"),
         ({"chosen": "a", "rejected": "b", "margin": float("nan")}, "row 1 .*margin must be a finite number, not nan"),
+        ({"chosen": "a", "rejected": "b", "preference": 1.5}, "row 1 .*preference must be the share .*, not 1.5"),
+        ({"chosen": "a", "rejected": "b", "preference": -0.1}, "row 1 .*preference must be the share .*, not -0.1"),
+        ({"chosen": "a", "rejected": "b", "preference": None}, "row 1 .*preference must be a finite number"),
         ({"chosen": "a", "rejected": "b", "prompt": None}, "row 1 .*prompt must be text"),
     ],
 )
 def test_errors(char_tokenizer, row, message):
-    fine = {"chosen": "y", "rejected": "n", "margin": 1.0, "prompt": "p"}
+    fine = {"chosen": "y", "rejected": "n", "margin": 1.0, "prompt": "p", "preference": 1.0}
     with pytest.raises(ValueError, match=message):
         make(char_tokenizer, [{key: fine[key] for key in row}, row])
+
+
+def test_pairs_of_the_same_text_are_left_out_and_counted(char_tokenizer):
+    rows = [{"chosen": "y", "rejected": "n"}, {"chosen": "a", "rejected": "a"}, {"chosen": "y", "rejected": "y"}]
+    with pytest.warns(UserWarning, match="2 of 3 pairs have the same text twice"):
+        module = make(char_tokenizer, rows)
+    assert [row["chosen"] for row in module.ready("train")] == ["y"]
+
+
+def test_an_empty_completion_of_a_prompt_is_its_eos(char_tokenizer):
+    module = make(char_tokenizer, [{"prompt": "p", "chosen": "", "rejected": "n"}])
+    batch = next(iter(module.train_dataloader()))
+    assert batch["loss_mask"].sum(1).tolist() == [1, 2]
 
 
 def test_mixed_text_and_messages(char_tokenizer):
