@@ -36,6 +36,13 @@ def require(name: str, holds: bool, expected: str, got: object) -> None:
         raise ValueError(f"`{name}` must be {expected}, but got {got!r}.")
 
 
+def require_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    """ValueError with both numbers unless one divides the other."""
+    require(name, divisor >= 1, "at least 1", divisor)
+    if whole % divisor:
+        raise ValueError(f"`{name}` must divide `{whole_name}`: {whole} / {divisor} = {whole / divisor:g}.")
+
+
 def objects_given(self: object, frame: FrameType | None) -> list[str]:
     """Names of the constructor arguments, of this class and its subclasses, that are no plain values."""
     names = []
@@ -47,4 +54,6 @@ def objects_given(self: object, frame: FrameType | None) -> list[str]:
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
     return isinstance(value, Plain) or (isinstance(value, list | tuple) and all(_is_plain(v) for v in value))

@@ -1,6 +1,6 @@
 """The data of one on-policy iteration, and the fixed-length data set through which Lightning's loop reads it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,10 @@ from .rollout import trimmed
 
 
 class Experience(NamedTuple):
-    """What an update needs of a rollout. All tensors share dimension 0; [B, T] ones follow the response tokens."""
+    """What an update needs of a rollout. All tensors share dimension 0; [B, T] ones follow the response tokens.
+
+    Each method has its own: this one's fields, then what else its loss reads.
+    """
 
     prompt_ids: Tensor
     """(B, P), left-padded."""
@@ -23,14 +26,6 @@ class Experience(NamedTuple):
     """(B, T), right-padded."""
     response_mask: Tensor
     """(B, T) bool, True from the first response token to the EOS, inclusive."""
-    logprobs: Tensor
-    """(B, T), log pi_old(token t | all before it)."""
-    values: Tensor
-    """(B, T), V before token t."""
-    advantages: Tensor
-    """(B, T)."""
-    returns: Tensor
-    """(B, T)."""
 
 
 class TokenStatistics(NamedTuple):
@@ -44,7 +39,10 @@ class TokenStatistics(NamedTuple):
     """(B,), the value after the last response token."""
 
 
-def of_all_ranks(experience: Experience) -> Experience:
+Fields = TypeVar("Fields", bound=NamedTuple)
+
+
+def of_all_ranks(experience: Fields) -> Fields:
     """The experience of all ranks, in order of rank; all must call it."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return experience
@@ -52,7 +50,7 @@ def of_all_ranks(experience: Experience) -> Experience:
     dist.all_reduce(widest, dist.ReduceOp.MAX)
     missing = int(widest) - experience.prompt_ids.shape[1]
     padded = {name: pad(getattr(experience, name), (missing, 0)) for name in ("prompt_ids", "prompt_mask")}
-    return Experience(*map(_gathered, experience._replace(**padded)))
+    return type(experience)(*map(_gathered, experience._replace(**padded)))
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -66,27 +64,33 @@ class ExperienceDataset(Dataset):
 
     It holds the experience of all ranks: minibatches are drawn from all of it, so that which sequences meet in one
     optimizer step does not depend on the number of ranks, and any rank's checkpoint has the whole.
+
+    Args:
+        rows: sequences in an iteration's experience.
+        together: rows that stay together, such as the two of a pair; an item of the data set is so many rows.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.experience: Experience | None = None
+    def __init__(self, rows: int, together: int = 1) -> None:
+        self.size, self.together = rows // together, together
+        self.experience: Any = None
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, rows: list[int]) -> Experience:
+    def __getitem__(self, items: list[int]) -> Any:
         """One minibatch at once: one expression over all fields."""
-        return trimmed(Experience(*(field[rows] for field in self.experience)))
+        rows = [item * self.together + i for item in items for i in range(self.together)]
+        return trimmed(type(self.experience)(*(field[rows] for field in self.experience)))
 
 
 def experience_loader(
     dataset: ExperienceDataset, batch_size: int, passes: int, seed: int, world_size: int, rank: int
 ) -> ResumableLoader:
-    """Minibatches of K shuffled passes: this rank's share of each step."""
-    batches = EvenBatches(len(dataset), batch_size, world_size, rank, shuffle=True, seed=seed, passes=passes)
+    """Minibatches of `batch_size` rows in K shuffled passes: this rank's share of each step."""
+    items = batch_size // dataset.together
+    batches = EvenBatches(len(dataset), items, world_size, rank, shuffle=True, seed=seed, passes=passes)
     return ResumableLoader(dataset, batches, collate_fn=_as_it_is)
 
 
-def _as_it_is(minibatch: Experience) -> Experience:
+def _as_it_is(minibatch: Any) -> Any:
     return minibatch

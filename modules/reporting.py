@@ -1,26 +1,16 @@
 """What is seen of a rollout: logged figures, and the samples as columns."""
 
-from typing import Any
-
 from ..functional import kl_k1, kl_k3, masked_sum
 from .experience import TokenStatistics
-from .rollout import Rollout
-from .scoring import Scores
+from .samples import Samples
 from .text_module import TextModule
 
 ON_BAR = ("reward", "kl")
 
 
-def report(
-    module: TextModule,
-    stage: str,
-    prompts: dict[str, Any],
-    responses: list[str],
-    rollout: Rollout,
-    scores: Scores,
-    statistics: TokenStatistics,
-) -> dict[str, list]:
-    """Log a rollout's figures under `stage/`, and return its samples as columns: prompt, response, reward, kl, ..."""
+def report(module: TextModule, stage: str, samples: Samples, statistics: TokenStatistics) -> dict[str, list]:
+    """Log figures of sampled responses under `stage/`, and return them as columns: prompt, response, reward, kl, ..."""
+    rollout, scores = samples.rollout, samples.scores
     mask, logprobs = rollout.response_mask, statistics[:2]
     components = {f"reward/{name}": values for name, values in scores.components.items()}
     kl = masked_sum(kl_k1(*logprobs), mask, dim=1)  # (B,) nats per sequence
@@ -33,7 +23,7 @@ def report(
         module.log_mean(f"{stage}/{name}", values, mask, batch_size=len(mask))
     columns = {"reward": scores.total, **components, "kl": kl, "length": lengths, "ended": rollout.ended}
     return {
-        "prompt": prompts["prompts"],
-        "response": responses,
+        "prompt": samples.prompts,
+        "response": samples.responses,
         **{name: values.tolist() for name, values in columns.items()},
     }

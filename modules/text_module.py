@@ -24,6 +24,7 @@ from .checks import check_precision, check_strategy, objects_given, require
 from .exporting import save_network
 from .metrics import Mean
 from .precision import HalfBackbone
+from .quantization import check_4bit
 from .sharding import is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
 
 
@@ -50,6 +51,7 @@ class TextModule(L.LightningModule):
         lora_target_modules: names of the layers that get adapters, or `all-linear`.
         lora_last_layers: adapters only in the last so many layers, where the backward pass then stops: less time, less
             memory. None is all layers.
+        load_in_4bit: the frozen weights under LoRA in 4 bits (QLoRA), by bitsandbytes; needs an NVIDIA GPU.
         learning_rate: of AdamW at its highest.
         weight_decay: of AdamW.
         adam_eps: of AdamW. RLHF papers often use 1e-5.
@@ -70,6 +72,7 @@ class TextModule(L.LightningModule):
         lora_alpha: int = 32,
         lora_target_modules: str | list[str] = "all-linear",
         lora_last_layers: int | None = None,
+        load_in_4bit: bool = False,
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         adam_eps: float = 1e-8,
@@ -85,7 +88,8 @@ class TextModule(L.LightningModule):
         require("warmup_ratio", 0 <= warmup_ratio <= 1, "between 0 and 1", warmup_ratio)
         # Arguments that are objects (a model, a function) stay out of checkpoints: those load without unpickling.
         self.save_hyperparameters(ignore=objects_given(self, inspect.currentframe()), logger=False)
-        self._model_spec, self._tokenizer_spec = model, tokenizer
+        self.__dict__["_model_spec"] = model  # else one given as an object would be a submodule beside what it becomes
+        self._tokenizer_spec = tokenizer
         self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint checks that
         self._means = nn.ModuleDict()
         self._resumed_place: dict[str, int] = {}
@@ -110,6 +114,8 @@ class TextModule(L.LightningModule):
         check_strategy(self.trainer, self.device_mesh)
         precision = self.trainer.precision_plugin
         check_precision(precision.precision, self.hparams.dtype, self.mesh)
+        if self.hparams.load_in_4bit:
+            check_4bit(self.hparams.lora_r, self.trainer.strategy.root_device, self.mesh)
         if isinstance(precision, HalfPrecision):
             self.trainer.strategy.precision_plugin = HalfBackbone(precision.precision)
 
@@ -133,8 +139,8 @@ class TextModule(L.LightningModule):
 
         Here a causal language model, with adapters if `lora_r` says so.
         """
-        trust = self.hparams.trust_remote_code
-        return self.prepare_backbone(load_causal_lm(self._model_spec, self.backbone_dtype, trust))
+        how = (self.backbone_dtype, self.hparams.trust_remote_code, self.hparams.load_in_4bit)
+        return self.prepare_backbone(load_causal_lm(self._model_spec, *how))
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -230,8 +236,13 @@ class TextModule(L.LightningModule):
             yield
             return
         # Inference mode, in which Lightning may evaluate, would leave tensors that no later backward could use.
-        with torch.inference_mode(False), torch.no_grad(), unsharded(self.trained_network):
+        with torch.inference_mode(False), torch.no_grad(), unsharded(*self.sampled_networks):
             yield
+
+    @property
+    def sampled_networks(self) -> list[nn.Module]:
+        """What responses are sampled from."""
+        return [self.trained_network]
 
     @property
     def any_rank(self) -> Callable[[Tensor], Tensor] | None:

@@ -8,27 +8,34 @@ import pytest
 import torch
 from conftest import EOS, make_tokenizer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from slow import (
+    KL,
+    assert_same_bits,
+    bits,
+    copy_of,
+    experience_of,
+    gradient_of,
+    letters_of,
+    moments,
+    padded,
+    real,
+    saved,
+    sequences,
+    silent,
+    slow_entropy,
+    slow_rewards,
+    slow_scores,
+    slow_whitened,
+    softmaxes,
+    with_garbage,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_rlhf.modules import PPOModule, SFTModule
-from lightning_rlhf.modules.experience import Experience
+from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout
 
 # --- slow restatements --------------------------------------------------------------------------------------------
-
-
-def real(ids, mask):
-    return [int(i) for i, m in zip(ids, mask, strict=True) if m]
-
-
-def softmaxes(network, module, prompt, response):
-    """Log-probabilities (T, V) in float64: one row, no padding, no cache."""
-    h = module.hparams
-    out = network(input_ids=torch.tensor([prompt + response]), output_hidden_states=True, use_cache=False)
-    logits = out.logits[0, len(prompt) - 1 : -1].double() / h.temperature
-    barred = torch.zeros_like(logits)
-    barred[: h.min_new_tokens, EOS] = -torch.inf
-    return (logits + barred).log_softmax(-1), out.hidden_states[-1][0, len(prompt) - 1 :]
 
 
 def slow_statistics(module, network, reference, prompt, response):
@@ -42,19 +49,6 @@ def slow_statistics(module, network, reference, prompt, response):
     return chosen, ref, values
 
 
-KL = {
-    "k1": lambda p, r: p - r,
-    "k2": lambda p, r: (p - r) ** 2 / 2,
-    "k3": lambda p, r: math.exp(r - p) - 1 - (r - p),
-}
-
-
-def moments(rows):
-    flat = [x for row in rows for x in row]
-    mean = sum(flat) / len(flat)
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat) + 1e-8)
-
-
 def slow_advantages(rewards, values, after, gamma, lam):
     """The double sum of its definition."""
     n = len(rewards)
@@ -66,25 +60,11 @@ def slow_advantages(rewards, values, after, gamma, lam):
 def slow_experience(module, network, reference, e, scores):
     """(logprobs, values, advantages, returns) as ragged lists, from nothing but ids, networks and scores."""
     h = module.hparams
-    rows = [
-        (real(e.prompt_ids[i], e.prompt_mask[i]), real(e.response_ids[i], e.response_mask[i]))
-        for i in range(len(scores))
-    ]
-    if h.normalize_scores:
-        mean = sum(scores) / len(scores)
-        std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
-        scores = [(s - mean) / std for s in scores]
-    found, rewards = [], []
-    for (prompt, response), score in zip(rows, scores, strict=True):
-        stats = slow_statistics(module, network, reference, prompt, response)
-        found.append(stats)
-        if h.score_clip is not None:
-            score = min(max(score, -h.score_clip), h.score_clip)
-        if response[-1] != EOS:
-            score -= h.missing_eos_penalty
-        row = [-h.kl_coef * KL[h.kl_estimator](p, r) for p, r in zip(*stats[:2], strict=True)]
-        row[-1] += score
-        rewards.append(row)
+    rows = sequences(e)
+    scores = slow_scores(h, scores, [response for _, response in rows])
+    found = [slow_statistics(module, network, reference, *row) for row in rows]
+    kls = [[KL[h.kl_estimator](p, r) for p, r in zip(*stats[:2], strict=True)] for stats in found]
+    rewards = slow_rewards(scores, kls, h.kl_coef)
     if h.whiten_rewards:
         mean, std = moments(rewards)
         rewards = [[mean + (x - mean) / std for x in row] for row in rewards]
@@ -94,15 +74,10 @@ def slow_experience(module, network, reference, e, scores):
         advantages.append(slow_advantages(row, values, after, h.gamma, h.gae_lambda))
         returns.append([a + v for a, v in zip(advantages[-1], values, strict=False)])
     if h.whiten_advantages:
-        mean, std = moments(advantages)
-        advantages = [[(x - mean) / std for x in row] for row in advantages]
+        advantages = slow_whitened(advantages)
     logprobs = [stats[0] for stats in found]
     values = [stats[2][:-1] for stats in found]
     return logprobs, values, advantages, returns
-
-
-def padded(rows, width):
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
 
 
 def slow_loss(module, e):
@@ -123,21 +98,9 @@ def slow_loss(module, e):
                 near = old + (values[t] - old).clamp(-h.clip_range_value, h.clip_range_value)
                 error = torch.maximum(error, (near - target) ** 2)
             loss = loss + h.vf_coef * error / 2
-            possible = logs[t][logs[t] > -torch.inf]
-            loss = loss - h.entropy_coef * -(possible.exp() * possible).sum()
+            loss = loss - h.entropy_coef * slow_entropy(logs[t])
             total, count = total + loss, count + 1
     return total, count
-
-
-def silent(module):
-    """The module without a Trainer: it logs nothing."""
-    module.configure_model()
-    module.log = lambda *_, **__: None
-    return module
-
-
-def experience_of(module):
-    return module._experience.experience
 
 
 @pytest.fixture
@@ -155,8 +118,8 @@ def fixed(ppo, fit, moved):
             advantages=shift[2],
             returns=e.values + shift[3],
         )
-        return silent(module), Experience(*(f if f.ndim < 2 or f.dtype != torch.float32 else f.where(e.response_mask, 0)
-                                            for f in e))  # fmt: skip
+        fields = (f.where(e.response_mask, 0) if f.dtype == torch.float32 else f for f in e)
+        return silent(module), PPOExperience(*fields)
 
     return make
 
@@ -227,7 +190,7 @@ def fit_again(module, fit):
 def test_statistics_in_chunks_are_those_of_the_whole(ppo, fit, moved):
     whole, chunked = (experience_of(fit(moved(ppo(learning_rate=0.0, forward_batch_size=size)))) for size in (32, 3))
     assert len(set(whole.response_mask.sum(1).tolist())) > 1
-    for name in Experience._fields:
+    for name in PPOExperience._fields:
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), msg=name)
 
 
@@ -294,27 +257,30 @@ def test_experience_equals_its_restatement(ppo, fit, moved, policy, plain_experi
         )
 
 
-def letters_of(e):
-    rows = [row[mask].tolist() for row, mask in zip(e.response_ids, e.response_mask, strict=True)]
-    return [sum((i * 7 % 5) - 1.5 for i in row if i != EOS) / 2 for row in rows]
+def rollout_of(lengths, ended):
+    """A rollout of responses of these lengths."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    prompts = torch.ones(len(lengths), 1, dtype=torch.long)
+    return Rollout(prompts, prompts.bool(), mask.long(), mask, torch.tensor(ended))
 
 
 def test_scores_are_normalised_by_all_scores_so_far(ppo):
     module = ppo(normalize_scores=True)
     module.sum_over_ranks = lambda x: x
-    ended = torch.tensor([True, True])
-    torch.testing.assert_close(module.shaped_scores(torch.tensor([1.0, 3.0]), ended), torch.tensor([-1.0, 1.0]))
+    rollout = rollout_of([1, 1], ended=[True, True])
+    torch.testing.assert_close(module.shaped_scores(torch.tensor([1.0, 3.0]), rollout), torch.tensor([-1.0, 1.0]))
     # 1, 3, 5, 7: mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
     expected = torch.tensor([1.0, 3.0]) / math.sqrt(5)
-    torch.testing.assert_close(module.shaped_scores(torch.tensor([5.0, 7.0]), ended), expected)
+    torch.testing.assert_close(module.shaped_scores(torch.tensor([5.0, 7.0]), rollout), expected)
     assert module.score_moments == [4.0, 16.0, 84.0]
 
 
 def test_normalise_then_clip_then_penalise(ppo):
-    module = ppo(normalize_scores=True, score_clip=0.5, missing_eos_penalty=2.0)
+    module = ppo(normalize_scores=True, score_clip=0.5, missing_eos_penalty=2.0, overlong_buffer=4, max_new_tokens=6)
     module.sum_over_ranks = lambda x: x
-    scores = module.shaped_scores(torch.tensor([10.0, 30.0, 20.0]), torch.tensor([True, False, False]))
-    torch.testing.assert_close(scores, torch.tensor([-0.5, 0.5 - 2.0, 0.0 - 2.0]))
+    rollout = rollout_of([2, 3, 6], ended=[True, False, False])  # past 6 - 4 tokens the penalty grows by 1/4 a token
+    scores = module.shaped_scores(torch.tensor([10.0, 30.0, 20.0]), rollout)
+    torch.testing.assert_close(scores, torch.tensor([-0.5, 0.5 - 2.0 - 0.25, 0.0 - 2.0 - 1.0]))
 
 
 def test_adaptive_coefficient_follows_its_closed_form(ppo, fit):
@@ -420,7 +386,7 @@ def test_loss_and_gradient_equal_the_restatement(fixed, plain_loss, options):
     loss.backward()
     module.on_before_optimizer_step(None)
     gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
-    slow = silent(copy_of(module, options)).double()
+    slow = silent(copy_of(module, **options)).double()
     total, count = slow_loss(slow, e)
     assert count == int(e.response_mask.sum())
     assert loss.item() / count == pytest.approx(total.item() / count, rel=1e-5, abs=1e-6)
@@ -432,46 +398,6 @@ def test_loss_and_gradient_equal_the_restatement(fixed, plain_loss, options):
         plain_loss["found"] = found
     else:
         assert not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, plain_loss["found"], strict=True))
-
-
-def copy_of(module, options):
-    """Another module with the same weights."""
-    other = PPOModule(module._model_spec, **options)
-    other.configure_model()
-    other.load_state_dict({k: v for k, v in module.state_dict().items() if k.startswith(("policy.", "value."))})
-    return other
-
-
-def gradient_of(module, e):
-    module.zero_grad()
-    loss = module.training_step(e, 0)
-    loss.backward()
-    module.on_before_optimizer_step(None)
-    return loss.detach(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def with_garbage(e):
-    """Two more columns of prompt and three of response; noise wherever nothing counts."""
-
-    def widen(x, left, right, fill):
-        return torch.nn.functional.pad(x, (left, right), value=fill)
-
-    prompt_mask, response_mask = widen(e.prompt_mask, 2, 0, False), widen(e.response_mask, 0, 3, False)
-    noise = torch.Generator().manual_seed(1)
-
-    def ids(x, mask):
-        return x.where(mask, torch.randint(8, x.shape, generator=noise))
-
-    def numbers(x):
-        return widen(x, 0, 3, 0.0).where(response_mask, 5 * torch.randn(response_mask.shape, generator=noise))
-
-    return Experience(
-        ids(widen(e.prompt_ids, 2, 0, 0), prompt_mask),
-        prompt_mask,
-        ids(widen(e.response_ids, 0, 3, 0), response_mask),
-        response_mask,
-        *(numbers(x) for x in e[4:]),
-    )
 
 
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.2, "lora_r": 4, "min_new_tokens": 2}], ids=str)
@@ -520,7 +446,7 @@ def test_minibatches_of_one_step_share_one_mean(ppo, fit, moved, new_gradients):
     watch = new_gradients()
     module = moved(ppo(learning_rate=0.0, rollout_batch_size=4, minibatch_size=1))
     fit(module, callbacks=[watch], accumulate_grad_batches=4)
-    slow = silent(copy_of(module, {})).double()
+    slow = silent(copy_of(module)).double()
     total, count = slow_loss(slow, experience_of(module))
     (total / count).backward()
     for name, p in slow.named_parameters():
@@ -674,16 +600,6 @@ def test_value_loss_reaches_the_policy_only_through_a_shared_backbone(ppo, fit, 
 # --- frozen networks, checkpoints ---------------------------------------------------------------------------------
 
 
-def bits(network):
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 def test_reference_and_reward_model_do_not_move_by_a_bit(ppo, fit, reward_folder):
     module = ppo(reward=reward_folder, learning_rate=0.1)
     module.configure_model()
@@ -714,11 +630,6 @@ def test_the_base_model_under_an_adapter_does_not_move_by_a_bit(ppo, fit, policy
     names = {n.replace("base_model.model.", "").replace(".base_layer", ""): v for n, v in bits(module.policy).items()}
     assert_same_bits({k: v for k, v in names.items() if "lora" not in k}, base)
     assert all(p.requires_grad == ("lora" in n) for n, p in module.policy.named_parameters())
-
-
-def saved(module, path):
-    module.trainer.save_checkpoint(path)
-    return torch.load(path, weights_only=True)
 
 
 def test_a_lora_checkpoint_holds_adapters_and_the_value_head_only(ppo, fit, tmp_path):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_rlhf.functional import token_logprobs
 from lightning_rlhf.modules.backbone import response_outputs
-from lightning_rlhf.modules.experience import Experience
+from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, Sampling, sample, texts, trimmed
 
 PROMPT = [1, 5, 3]
@@ -263,7 +263,7 @@ def test_trimmed_leaves_out_the_columns_without_a_token():
     prompt_mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]]).bool()
     response_mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
     number = torch.arange(8.0).view(2, 4)
-    whole = Experience(number, prompt_mask, number, response_mask, number, number, number, number)
+    whole = PPOExperience(number, prompt_mask, number, response_mask, number, number, number, number)
     got = trimmed(whole)
     assert got.prompt_ids.tolist() == [[2, 3], [6, 7]]
     assert got.prompt_mask.tolist() == [[True, True], [False, True]]

@@ -258,3 +258,11 @@ def test_checkpoints_of_another_library_are_refused(sft, fit, tmp_path):
     torch.save(checkpoint, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="written by another library and does not fit this SFTModule"):
         SFTModule.load_from_checkpoint(tmp_path / "b.ckpt", weights_only=True)
+
+
+def test_a_model_given_as_an_object_is_in_the_module_once(policy):
+    network = make_llama(vocab_size=8)
+    module = SFTModule(network, tokenizer=policy)
+    module.configure_model()
+    assert all(name.startswith("network.") for name in module.state_dict())
+    assert module.network is network
