@@ -1,9 +1,7 @@
-"""A language small enough to list: the policy that maximises E[reward] − β KL is known in closed form.
+"""A language small enough to list, so that where each method must end is known without training anything.
 
-    π*(response) ∝ π_ref(response) · exp(reward(response) / β)
-
-(Korbak et al. 2022, https://arxiv.org/abs/2205.11275). Three letters and EOS, at most three tokens: 40 responses, each
-with a random reward. Whatever samples, masks, shapes rewards, estimates advantages or clips wrongly ends elsewhere.
+Three letters and EOS, at most three tokens: 40 responses, each with a random reward. Whatever samples, masks, shapes
+rewards, estimates advantages or clips wrongly ends elsewhere. The ends are in `limits.py`.
 """
 
 import copy
@@ -12,10 +10,12 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from limits import kl_regularised
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules import PPOModule, PreferenceModule, TextModule
 from lightning_rlhf.modules.backbone import response_outputs
 
 EOS, LETTERS, LENGTH = 0, (1, 2, 3), 3
@@ -76,24 +76,30 @@ class Toy:
         return [self._by_text[response] for response in responses]
 
     def optimum(self, beta: float | None = None) -> Tensor:
-        """log π*, over `responses()`."""
-        return (self.reference + self.table / (beta or self.beta)).log_softmax(0)
+        """log π* of KL-regularised RL, over `responses()`."""
+        return kl_regularised(self.reference, self.table, beta or self.beta)
 
-    def locate(self, log_policy: Tensor) -> Point:
-        """Expected reward, KL and distance to the optimum, all exact."""
-        p = log_policy.exp()
-        distance = (p - self.optimum().exp()).abs().sum() / 2
-        return Point(float(p @ self.table), float(p @ (log_policy - self.reference)), float(distance))
+    def locate(self, log_policy: Tensor, end: Tensor | None = None) -> Point:
+        """Expected reward, KL and distance to where a method must end (None: `optimum`), all exact."""
+        p, end = log_policy.exp(), self.optimum() if end is None else end
+        return Point(
+            float(p @ self.table), float(p @ (log_policy - self.reference)), float((p - end.exp()).abs().sum() / 2)
+        )
+
+
+def whole_sequences() -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of the prompt with every response."""
+    padded = torch.tensor([(*r, *[EOS] * (LENGTH - len(r))) for r in responses()])
+    mask = torch.tensor([[1] * (1 + len(r)) + [0] * (LENGTH - len(r)) for r in responses()])
+    return torch.cat([torch.tensor([Toy.prompt]).expand(len(padded), 1), padded], dim=1), mask
 
 
 @torch.no_grad()
 def log_distribution(model: nn.Module) -> Tensor:
     """log π of every response."""
-    padded = torch.tensor([(*r, *[EOS] * (LENGTH - len(r))) for r in responses()])
-    mask = torch.tensor([[1] * (1 + len(r)) + [0] * (LENGTH - len(r)) for r in responses()])
-    ids = torch.cat([torch.tensor([Toy.prompt]).expand(len(padded), 1), padded], dim=1)
+    ids, mask = whole_sequences()
     logprobs = response_outputs(model, ids, mask, LENGTH).logits.double().log_softmax(-1)
-    return (logprobs.gather(-1, padded[..., None]).squeeze(-1) * mask[:, 1:]).sum(1)
+    return (logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
 
 
 class ToyPrompts(L.LightningDataModule):
@@ -107,32 +113,59 @@ class ToyPrompts(L.LightningDataModule):
         return self.trainer.lightning_module.experience_dataloader(self)
 
 
-def train(toy: Toy, seed: int, iterations: int = 200, callbacks: list | None = None, **options: Any) -> Point:
-    """Run PPO under a plain Trainer and say where it ends; single-threaded work of some 20 seconds."""
+class ToyPairs(L.LightningDataModule):
+    """All pairs of responses, with the share of Bradley-Terry judges who prefer the first."""
+
+    def __init__(self, toy: Toy, steps: int) -> None:
+        super().__init__()
+        first, second = torch.triu_indices(len(responses()), len(responses()), offset=1)
+        ids, mask = whole_sequences()
+        rows = torch.cat([first, second])
+        counts = mask.bool()
+        counts[:, 0] = False  # the prompt
+        preference = (toy.table[first] - toy.table[second]).sigmoid().float()
+        batch = {"input_ids": ids, "attention_mask": mask, "loss_mask": counts}
+        self.batch = {name: value[rows] for name, value in batch.items()}
+        self.batch |= {"preference": preference, "margin": torch.zeros(len(first))}
+        self.steps = steps
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([self.batch] * self.steps, batch_size=None)
+
+
+def train(
+    toy: Toy,
+    seed: int,
+    iterations: int = 200,
+    callbacks: list | None = None,
+    method: type[TextModule] = PPOModule,
+    **options: Any,
+) -> Tensor:
+    """log π over `responses()` where a method ends under a plain Trainer; single-threaded work of some 20 seconds."""
     L.seed_everything(seed, verbose=False)
-    settings = dict(
-        kl_coef=toy.beta,
+    on_policy = dict(
         rollout_batch_size=256,
         minibatch_size=64,
         num_passes=4,
         max_new_tokens=LENGTH,
         learning_rate=2e-3,
-        vf_coef=0.5,
-        clip_range_value=None,
         forward_batch_size=10_000,
     )
-    module = PPOModule(copy.deepcopy(toy.model), toy.reward, tokenizer=LetterTokenizer(), **(settings | options))
+    offline = method is PreferenceModule
+    settings = (dict(learning_rate=5e-3) if offline else on_policy) | options
+    reward = {} if offline else {"reward": toy.reward}
+    module = method(copy.deepcopy(toy.model), tokenizer=LetterTokenizer(), **reward, **settings)
     trainer = L.Trainer(
         accelerator="cpu",
-        max_epochs=iterations,
+        max_epochs=1 if offline else iterations,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    trainer.fit(module, datamodule=ToyPrompts())
-    return toy.locate(log_distribution(module.policy))
+    trainer.fit(module, datamodule=ToyPairs(toy, iterations) if offline else ToyPrompts())
+    return log_distribution(module.policy)
 
 
 def _config() -> LlamaConfig:

@@ -10,7 +10,7 @@ from small_llama import make_module
 from torch import Tensor, nn
 
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.experience import Experience
+from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Sampling, sample
 
 
@@ -43,11 +43,11 @@ def cache_bytes(run: Run, folder: Path) -> int:
     return size(tensor for layer in caches[-1].layers for tensor in (layer.keys, layer.values))
 
 
-def minibatch(run: Run) -> Experience:
+def minibatch(run: Run) -> PPOExperience:
     """B rows of P + T random tokens; with padding, one prompt lacks a token."""
     ids, mask = _prompts(run, run.batch)
     responses, numbers = _ids(run, run.batch, run.response), torch.zeros(run.batch, run.response)
-    return Experience(ids, mask, responses, torch.ones_like(numbers).bool(), *[numbers] * 4)
+    return PPOExperience(ids, mask, responses, torch.ones_like(numbers).bool(), *[numbers] * 4)
 
 
 def text_batch(run: Run) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def _ids(run: Run, *shape: int) -> Tensor:
     return torch.randint(1, run.shape.vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
-def _losses(module: PPOModule, batch: Experience) -> tuple[Tensor, Tensor]:
+def _losses(module: PPOModule, batch: PPOExperience) -> tuple[Tensor, Tensor]:
     logits, hidden = module.response_outputs(module.policy, batch)
     return module.logprobs(logits, batch), module.values(batch, hidden)[:, :-1]
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from lightning_rlhf.loaders import generator_for
 from lightning_rlhf.modules import PPOModule
-from lightning_rlhf.modules.experience import Experience, generator_for
+from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, sample, texts, trimmed
+from lightning_rlhf.modules.scoring import Responses
 
 
 def median_seconds(phase: Callable[[], object], repetitions: int) -> float:
@@ -48,8 +50,8 @@ def main() -> None:
     rollout = roll_out()
     with torch.no_grad():
         stats = module.token_statistics(rollout)
-    rows = Experience(*rollout[:4], stats.logprobs, stats.values, stats.values + 1, stats.values + 1)
-    minibatch = trimmed(Experience(*(field[: args.minibatch] for field in rows)))
+    rows = PPOExperience(*rollout[:4], stats.logprobs, stats.values, stats.values + 1, stats.values + 1)
+    minibatch = trimmed(PPOExperience(*(field[: args.minibatch] for field in rows)))
 
     def update() -> None:
         logits, hidden = module.response_outputs(module.policy, minibatch)
@@ -59,7 +61,7 @@ def main() -> None:
     phases = {
         f"sample {args.responses} responses": roll_out,
         "policy and reference log-probabilities": torch.no_grad()(lambda: module.token_statistics(rollout)),
-        "reward model": lambda: module.rewards([""] * args.responses, texts(rollout, module.tokenizer), {}),
+        "reward model": lambda: module.rewards(Responses([""] * args.responses, texts(rollout, module.tokenizer))),
         f"forward and backward of {args.minibatch} responses": update,
     }
     for name, phase in phases.items():
