@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import datasets
 import lightning as L
@@ -78,9 +78,20 @@ def hints(message: str, ex: Exception | None, parser: LightningArgumentParser) -
     if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
         flags = getattr(ex, "subcommand_parser", parser)._option_string_actions
         return _did_you_mean("--" + found[1], list(flags))
-    if found := re.search(r'Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', message, re.DOTALL):
-        return _accepted(found[2], SHIPPED[found[1]]) if found[1] in SHIPPED else []
+    if found := re.search(r'.*Parser key "([\w.]+)":.*Expected a dot import path string: (\S+)', message, re.DOTALL):
+        owner = re.search(r"given class_path '([\w.]+)'", message)
+        known = SHIPPED.get(found[1]) or (_classes_for(locate(owner[1]), found[1]) if owner else [])
+        return _accepted(found[2], known) if known else []
     return []
+
+
+def _classes_for(owner: type, argument: str) -> list[str]:
+    """Names of the classes that a constructor's argument takes."""
+    annotations = {k: v for c in reversed(owner.__mro__) for k, v in get_type_hints(c.__init__).items()}
+    found = [kind for kind in get_args(annotations.get(argument)) if inspect.isclass(kind)]
+    for kind in found:
+        found += kind.__subclasses__()  # while it is iterated over: theirs, too
+    return sorted({kind.__name__ for kind in found if not inspect.isabstract(kind) and kind is not type(None)})
 
 
 def _accepted(word: str, names: list[str]) -> list[str]:

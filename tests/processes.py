@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TIMEOUT = 240
+TIMEOUT = 480
 
 
 def ranks(command: Sequence[str], count: int = 2) -> list[tuple[list[str], dict[str, str]]]:

@@ -230,6 +230,14 @@ class TestParsing:
         assert f"did you mean {right[flag]}?" in said
         assert accepted.get(flag, "ProgressBar, RNGState") in said
 
+    def test_an_unknown_part_of_a_method_is_refused_with_those_that_exist(self, capsys):
+        given = ["--model.model=x", "--data=PromptDataModule", "--data.data=x"]
+        said = refused(capsys, "--model=GRPOModule", *given, "--model.advantage=LeaveOneAut")
+        assert "did you mean LeaveOneOut?" in said
+        assert "accepted: GroupCentered, GroupNormalized, LeaveOneOut, WhitenedGroupScores, WhitenedReturns" in said
+        said = refused(capsys, "--model=OnlineDPOModule", *given, "--model.objective=DDO")
+        assert "accepted: CPO, DPO, Hinge, IPO, ORPO, SimPO" in said
+
     def test_a_missing_required_argument_is_named(self, capsys):
         assert "required: model" in refused(capsys, "--model=SFTModule", "--data=SFTDataModule", "--data.data=x")
 
@@ -272,7 +280,7 @@ def no_model_loads(monkeypatch) -> None:
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr("lightning_rlhf.modules.sft.load_causal_lm", reached)
+    monkeypatch.setattr("lightning_rlhf.modules.text_module.load_causal_lm", reached)
     monkeypatch.setattr("lightning_rlhf.modules.on_policy.load_causal_lm", reached)
     monkeypatch.setattr(Scorer, "load", reached)
 

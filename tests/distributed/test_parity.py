@@ -24,7 +24,8 @@ ALONE = {"ratings": dict(accumulate=2)}
 TWO = {f"{name} {kind}": dict(name=name, strategy=kind) for name in RUNS for kind in ("ddp", "fsdp2")}
 TWO["ppo in_step"] = dict(name="ppo", strategy="in_step")
 
-STOP = {"ppo": 6, "ppo_lora": 3, "sft_lora": 5, "preferences": 5}  # optimizer steps: within the second epoch of three
+# Optimizer steps, within the second epoch of three.
+STOP = {"ppo": 6, "ppo_lora": 3, "sft_lora": 5, "preferences": 5, "kto": 5, "ordinal": 3}
 WRITERS = ("ddp", "fsdp2", "folder")  # of checkpoints on two ranks; "auto" writes on one
 ON_TWO = (("ddp", "auto"), ("fsdp2", "auto"), ("fsdp2", "folder"), ("ddp", "folder"), ("folder", "ddp"))
 
@@ -87,8 +88,9 @@ def assert_same(found: dict, expected: dict) -> None:
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(found["parameters"][name], value, rtol=2e-5, atol=2e-6, msg=f"{name} differs")
     names = [name for name in expected["metrics"] if not name.startswith(("time/", "throughput/"))]
-    if "val/pearson" in names:  # ratings: these two are over pairs within a validation batch
-        names = [name for name in names if name not in ("val/loss", "val/calibration_error")]
+    if "val/pearson" in names:  # ratings: these are over the pairs within a batch
+        of_pairs = "train/agreement" if "val/level_calibration_error" in names else "val/loss"
+        names = [name for name in names if name not in (of_pairs, "val/calibration_error")]
     assert "train/loss" in names
     for name in names:
         assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4, abs=1e-5, nan_ok=True), name
@@ -102,11 +104,21 @@ def test_two_ranks_end_where_one_process_does(task, two, one):
     assert_same(two[0][task], expected)
 
 
-@pytest.mark.parametrize("task", [task for task in TWO if task.startswith("ppo")])
+ON_POLICY = ("ppo", "grpo", "rft", "online_dpo")
+
+
+@pytest.mark.parametrize("task", [task for task in TWO if task.startswith(ON_POLICY)])
 def test_two_ranks_sample_what_one_process_does(task, two, one):
     first, second = (found[task]["samples"]["response"] for found in two)
     assert first + second == one(task.split()[0])["samples"]["response"]
     assert first != second
+
+
+def test_dynamic_sampling_takes_more_than_one_round(one):
+    """Or ranks would have nothing to share out."""
+    metrics = one("grpo_dynamic")["metrics"]
+    assert 1 < metrics["rollout/sampling_rounds"] <= 3
+    assert 0 < metrics["rollout/groups_with_spread"] < 1
 
 
 @pytest.mark.parametrize("task", [task for task in TWO if "ratings" not in task])
@@ -116,12 +128,12 @@ def test_under_fsdp2_the_first_rank_alone_reads_the_weights(task, two):
     assert second == (first if task.endswith("ddp") else 0)
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_lora", "sft", "preferences"])
+@pytest.mark.parametrize("name", ["ppo", "ppo_lora", "grpo", "grpo_dynamic", "online_dpo", "sft", "preferences"])
 def test_accumulation_ends_where_the_whole_batch_does(name, folder, one):
     assert_same(run(name, folder, accumulate=2), one(name))
 
 
-@pytest.mark.parametrize("name", STOP)
+@pytest.mark.parametrize("name", [*STOP, "grpo", "grpo_dynamic", "rft", "online_dpo"])
 def test_runs_move_further_than_the_tolerance(name, folder, one):
     """Or two runs that do nothing would be the same."""
     start, end = run(name, folder, max_steps=0), one(name)
@@ -149,7 +161,8 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(name, writer, folder)
     path = Path(stopped_at(folder, name, writer))
     assert path.is_dir() == (writer == "folder")
     checkpoint = load_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
-    trained = {"ppo": ("policy.", "value."), "preferences": ("network.",)}.get(name, ("lora_", "value."))
+    trained = {"ppo": ("policy.", "value."), "preferences": ("network.",), "kto": ("policy.",)}
+    trained = (trained | {"ordinal": ("network.", "objective.")}).get(name, ("lora_", "value."))
     assert all(any(part in key for part in trained) for key in checkpoint["state_dict"])
     plain = torch.load(stopped_at(folder, name, "auto"), weights_only=True)
     assert checkpoint["state_dict"].keys() == plain["state_dict"].keys()
@@ -159,7 +172,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(name, writer, folder)
 @pytest.mark.parametrize("name", STOP)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_exports_of_two_ranks_are_those_of_one(name, writer, folder):
-    kind = AutoModelForSequenceClassification if name == "preferences" else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if name in ("preferences", "ordinal") else AutoModelForCausalLM
     found, expected = (kind.from_pretrained(exported_to(folder, name, w)) for w in (writer, "auto"))
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ python trainings.py TASKS.json OUT     for each task, the arguments of `run`; th
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -17,8 +18,28 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lightning_rlhf.callbacks import RNGState
 from lightning_rlhf.checkpointing import AtomicCheckpointIO
-from lightning_rlhf.datamodules import PreferenceDataModule, PromptDataModule, RatingDataModule, SFTDataModule
-from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule, backbone
+from lightning_rlhf.datamodules import (
+    PreferenceDataModule,
+    PromptDataModule,
+    RankingDataModule,
+    RatingDataModule,
+    SFTDataModule,
+    UnpairedDataModule,
+)
+from lightning_rlhf.modules import (
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    PPOModule,
+    PreferenceModule,
+    RewardModule,
+    RFTModule,
+    SFTModule,
+    backbone,
+)
+from lightning_rlhf.modules.compositions import TokenMean, WhitenedGroupScores
+from lightning_rlhf.modules.objectives import IPO
+from lightning_rlhf.modules.reward_objectives import OrdinalRatings
 from lightning_rlhf.modules.sharding import whole_state
 from lightning_rlhf.pretrained import resolve
 from lightning_rlhf.strategies import FSDP2Strategy
@@ -34,11 +55,16 @@ def letters(prompts, responses, **columns):
     return [sum((ord(c) * 7 % 5) - 1.5 for c in response) / 2 for response in responses]
 
 
-def ppo(folder: Path, ranks: int, micro: int = 4, **options) -> tuple:
-    module = PPOModule(
+def has_a_1(prompts, responses, **columns):
+    """One of two values, so that responses to one prompt often tie."""
+    return [float("\1" in response) for response in responses]
+
+
+def on_policy(kind: type, folder: Path, ranks: int, micro: int = 4, rollout: int = 8, **options) -> tuple:
+    module = kind(
         str(folder / "policy"),
         options.pop("reward", letters),
-        rollout_batch_size=8 // ranks,
+        rollout_batch_size=rollout // ranks,
         minibatch_size=micro // ranks,
         max_new_tokens=5,
         num_passes=2,
@@ -48,6 +74,7 @@ def ppo(folder: Path, ranks: int, micro: int = 4, **options) -> tuple:
     return module, data
 
 
+ppo = partial(on_policy, PPOModule)
 ALL_GLOBAL = dict(whiten_rewards=True, normalize_scores=True, kl_target=0.5, kl_horizon=20, bootstrap_truncated=True)
 
 
@@ -66,9 +93,31 @@ def preferences(folder: Path, ranks: int, micro: int = 4) -> tuple:
     )
 
 
-def ratings(folder: Path, ranks: int, micro: int = 4) -> tuple:
+def dpo(folder: Path, ranks: int, micro: int = 4, **options) -> tuple:
+    _, data = preferences(folder, ranks, micro)
+    return PreferenceModule(str(folder / "policy"), **STEPS, **options), data
+
+
+def kto(folder: Path, ranks: int, micro: int = 4, **options) -> tuple:
+    texts = enumerate(zip(TEXTS, reversed(TEXTS), strict=True))
+    rows = [{"prompt": p, "completion": c, "label": i % 3 > 0} for i, (p, c) in texts]
+    data, size = Dataset.from_list(rows), 4 // ranks
+    return KTOModule(str(folder / "policy"), **STEPS, **options), UnpairedDataModule(
+        data, val_data=data.select(range(5)), batch_size=micro // ranks, val_batch_size=size
+    )
+
+
+def rankings(folder: Path, ranks: int, micro: int = 4) -> tuple:
+    rows = [{"prompt": text, "responses": ["\1\2", "\3", "\4\5\6"][: 2 + i % 2]} for i, text in enumerate(TEXTS)]
+    data = Dataset.from_list(rows)
+    return RewardModule(str(folder / "reward"), **STEPS), RankingDataModule(
+        data, val_data=data.select(range(5)), batch_size=micro // ranks
+    )
+
+
+def ratings(folder: Path, ranks: int, micro: int = 4, **options) -> tuple:
     data = Dataset.from_list([{"text": text, "ratings": [len(text), i % 3]} for i, text in enumerate(TEXTS[:8])])
-    return RewardModule(str(folder / "reward"), **STEPS), RatingDataModule(
+    return RewardModule(str(folder / "reward"), **STEPS, **options), RatingDataModule(
         data, val_data=data.select(range(5)), batch_size=micro // ranks
     )
 
@@ -79,11 +128,34 @@ RUNS = {
     "ppo_value_model": lambda folder, *a, **k: ppo(
         folder, *a, **k, value_model=str(folder / "reward"), reward=[str(folder / "reward"), letters]
     ),
+    "grpo": lambda *a, **k: on_policy(
+        GRPOModule, *a, **k, group_size=2, kl_coef=0.2, kl_target=0.5, kl_horizon=20, normalize_scores=True
+    ),
+    "grpo_dynamic": lambda *a, **k: on_policy(
+        GRPOModule,
+        *a,
+        **k,
+        group_size=2,
+        reward=has_a_1,
+        max_sampling_rounds=3,
+        kl_in="reward",
+        advantage=WhitenedGroupScores(),
+        aggregation=TokenMean(),
+    ),
+    "rft": lambda *a, **k: on_policy(RFTModule, *a, **k, rollout=16, group_size=2, from_reference=True),
+    "online_dpo": lambda *a, **k: on_policy(
+        OnlineDPOModule, *a, **k, rollout=16, group_size=4, label_temperature=1.0, normalize_scores=True
+    ),
     "sft": sft,
     "sft_uneven": lambda *a, **k: sft(*a, **k, rows=9),
     "sft_lora": lambda *a, **k: sft(*a, **k, lora_r=2),
     "preferences": preferences,
+    "dpo": dpo,
+    "dpo_lora": lambda *a, **k: dpo(*a, **k, lora_r=2, objective=IPO(0.5), label_smoothing=0.1),
+    "kto": kto,
     "ratings": ratings,
+    "rankings": rankings,
+    "ordinal": lambda *a, **k: ratings(*a, **k, objective=OrdinalRatings([*range(10)], learning_rate=0.2)),
 }
 
 
