@@ -1,5 +1,7 @@
 """A policy of eight tokens, so that responses end often, a stream of prompts of unequal length, short runs of PPO."""
 
+from collections.abc import Callable
+
 import lightning as L
 import pytest
 import torch
@@ -117,11 +119,20 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def ppo(policy: str):
-    """A PPOModule with settings that make short runs move."""
+@pytest.fixture(scope="session")
+def other_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of another language model with the same eight tokens."""
+    folder = tmp_path_factory.mktemp("other_policy")
+    make_llama(seed=7, vocab_size=8).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
 
-    def make(**options: object) -> PPOModule:
+
+@pytest.fixture
+def short(policy: str):
+    """A maker of on-policy modules, with settings that make short runs move."""
+
+    def of(kind: type, **defaults: object) -> Callable[..., L.LightningModule]:
         settings = dict(
             model=policy,
             reward=letters,
@@ -132,9 +143,15 @@ def ppo(policy: str):
             learning_rate=1e-2,
             lr_scheduler="constant",
         )
-        return PPOModule(**(settings | options))
+        return lambda **options: kind(**(settings | defaults | options))
 
-    return make
+    return of
+
+
+@pytest.fixture
+def ppo(short):
+    """A PPOModule."""
+    return short(PPOModule)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import slow
 import torch
-from conftest import EOS, make_llama, make_tokenizer
+from conftest import EOS, make_llama
 from slow import KL, experience_of, letters_of, logged, moved_policy, padded, sequences, silent, slow_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -32,33 +32,9 @@ RLOO = dict(advantage=LeaveOneOut(), aggregation=TokenMean(), kl_in="reward", kl
 
 
 @pytest.fixture
-def grpo(policy, reward_function):
-    """A GRPOModule with settings that make short runs move."""
-
-    def make(**options):
-        settings = dict(
-            model=policy,
-            reward=reward_function,
-            group_size=3,
-            rollout_batch_size=6,
-            minibatch_size=2,
-            num_passes=1,
-            max_new_tokens=6,
-            learning_rate=1e-2,
-            lr_scheduler="constant",
-        )
-        return GRPOModule(**(settings | options))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def other_policy(tmp_path_factory):
-    """The folder of another language model with the same eight tokens."""
-    folder = tmp_path_factory.mktemp("other_policy")
-    make_llama(seed=7, vocab_size=8).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+def grpo(short):
+    """A GRPOModule with groups of three."""
+    return short(GRPOModule, group_size=3)
 
 
 class Watch(L.Callback):

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import slow
 import torch
-from conftest import make_llama, make_tokenizer
 from slow import experience_of, letters_of, logged, moved_policy, sequences, silent, slow_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -14,33 +13,9 @@ from lightning_rlhf.modules.objectives import CPO, DPO, IPO, ORPO, Hinge, SimPO
 
 
 @pytest.fixture
-def online(policy, reward_function):
+def online(short):
     """An OnlineDPOModule that learns from three pairs, of the best and worst of four responses to each prompt."""
-
-    def make(**options):
-        settings = dict(
-            model=policy,
-            reward=reward_function,
-            group_size=4,
-            rollout_batch_size=12,
-            minibatch_size=2,
-            num_passes=1,
-            max_new_tokens=6,
-            learning_rate=1e-2,
-            lr_scheduler="constant",
-        )
-        return OnlineDPOModule(**(settings | options))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def other_policy(tmp_path_factory):
-    """The folder of another language model with the same eight tokens."""
-    folder = tmp_path_factory.mktemp("other_policy")
-    make_llama(seed=7, vocab_size=8).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return short(OnlineDPOModule, group_size=4, rollout_batch_size=12)
 
 
 # --- pairs and labels ---------------------------------------------------------------------------------------------

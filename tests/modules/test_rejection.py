@@ -6,42 +6,23 @@ import lightning as L
 import pytest
 import slow
 import torch
-from conftest import make_llama, make_tokenizer
 from slow import experience_of, letters_of, logged, moved_policy, sequences, silent
 from transformers import AutoModelForCausalLM
 
 from lightning_rlhf.modules import BestOfNModule, RFTModule
 from lightning_rlhf.modules.rejection import best_rows
 
-SETTINGS = dict(max_new_tokens=6, learning_rate=1e-2, lr_scheduler="constant")
-
 
 @pytest.fixture
-def rft(policy, reward_function):
+def rft(short):
     """An RFTModule that learns from the best of four responses to each of three prompts."""
-
-    def make(**options):
-        settings = dict(model=policy, reward=reward_function, rollout_batch_size=12, minibatch_size=1, num_passes=1)
-        return RFTModule(**(settings | SETTINGS | options))
-
-    return make
+    return short(RFTModule, rollout_batch_size=12, minibatch_size=1)
 
 
 @pytest.fixture
-def best_of_n(policy, reward_function):
-    def make(**options):
-        return BestOfNModule(**(dict(model=policy, reward=reward_function, n=4) | SETTINGS | options))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def other_policy(tmp_path_factory):
-    """The folder of another language model with the same eight tokens."""
-    folder = tmp_path_factory.mktemp("other_policy")
-    make_llama(seed=7, vocab_size=8).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+def best_of_n(short):
+    """A BestOfNModule that picks from four."""
+    return short(BestOfNModule, n=4)
 
 
 class Responses(L.Callback):
