@@ -198,7 +198,7 @@ def test_terms_stay_what_they_are():
         ([lengths, None], "or a list of these, but got None"),
         ({"class_path": "collections.Counter"}, r"a list of these, but got Counter\(\)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_names_no_reward_is_refused(my_rewards, spec, message):
     with pytest.raises(ValueError, match=message):
