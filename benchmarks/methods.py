@@ -58,7 +58,8 @@ def train(*arguments: str) -> tuple[float, float]:
         _, status, usage = os.wait4(process.pid, 0)
         said.seek(0)
         if status:
-            raise SystemExit(f"{' '.join(command)}\nfailed:\n{said.read()[-5000:]}")
+            code = os.waitstatus_to_exitcode(status)  # negative: a signal
+            raise SystemExit(f"{' '.join(command)}\nfailed with code {code}:\n{said.read()[-5000:]}")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
