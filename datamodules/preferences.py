@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .base import Fate, TextDataModule
-from .sources import Source, find_column, select_roles
+from .sources import Source, describe, find_column, iterate, select_roles
 from .text import (
     Encoded,
     Text,
@@ -69,7 +69,6 @@ class PreferenceDataModule(TextDataModule):
             "margin": margin_column,
             "preference": preference_column,
         }
-        self._ties = 0
 
     def select(self, dataset: Dataset, where: str) -> Dataset:
         required = ("chosen", "rejected")
@@ -83,7 +82,7 @@ class PreferenceDataModule(TextDataModule):
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise ValueError("chosen and rejected must both be text or both be lists of messages")
         if chosen == rejected:
-            return  # left out by `measure`
+            return  # left out later
         if "prompt" in row:
             prompt = check_text(row["prompt"], "prompt", allow_empty=True)
             if isinstance(chosen, str) and not isinstance(prompt, str):
@@ -101,9 +100,6 @@ class PreferenceDataModule(TextDataModule):
         return pair(row)[0] or row  # all pairs of one prompt on the same side
 
     def measure(self, row: dict[str, Any]) -> Fate:
-        if row["chosen"] == row["rejected"]:
-            self._ties += 1
-            return Fate(cut=False, kept=False)
         prompt, chosen, rejected = pair(row)
         texts = ["".join(render(self.tokenizer, prompt, answer)[:2]) for answer in (chosen, rejected)]
         if all(surely_fits(text, self.max_length) for text in texts):
@@ -113,15 +109,24 @@ class PreferenceDataModule(TextDataModule):
         learnable = all(any(encoded.loss_mask[: self.max_length]) for encoded in both)
         return Fate(cut=any(len(x.ids) > self.max_length for x in both), kept=learnable and ends[0] != ends[1])
 
-    def report(self, cut: int, dropped: int, total: int) -> None:
-        if self._ties:
-            rank_zero_warn(
-                f"{self._ties} of {total} pairs have the same text twice, which says nothing, and are left out"
-            )
-        super().report(cut, dropped - self._ties, total)
+    def _load(self, flag: str) -> DatasetDict:
+        where = describe(self.sources[flag], flag)
+        return DatasetDict({split: without_ties(rows, where) for split, rows in super()._load(flag).items()})
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         return partial(collate, tokenizer=self.tokenizer, max_length=self.max_length)
+
+
+def without_ties(rows: Dataset, where: str) -> Dataset:
+    """The pairs whose texts differ."""
+    kept = [number for number, row in enumerate(iterate(rows)) if row["chosen"] != row["rejected"]]
+    if not kept:
+        raise ValueError(f"{where}: chosen and rejected are the same in every row, which says nothing")
+    if len(kept) == len(rows):
+        return rows
+    ties = len(rows) - len(kept)
+    rank_zero_warn(f"{where}: in {ties} of {len(rows)} rows chosen and rejected are the same; they are left out")
+    return rows.select(kept, keep_in_memory=True)
 
 
 def pair(row: dict[str, Any]) -> tuple[Text, Text, Text]:

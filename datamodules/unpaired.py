@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..loaders import EvenBatches, ResumableLoader
 from .base import Fate, TextDataModule
-from .preferences import PreferenceDataModule, pair
+from .preferences import PreferenceDataModule, pair, without_ties
 from .sources import Source, describe, find_column, iterate, select_roles
 from .text import Encoded, check_text, encode_completion, pad, pad_id, padding_mask, render, surely_fits
 
@@ -103,7 +103,8 @@ class UnpairedDataModule(TextDataModule):
         return partial(collate, tokenizer=self.tokenizer, max_length=self.max_length)
 
     def _load(self, flag: str) -> DatasetDict:
-        return DatasetDict({split: unpaired(rows) for split, rows in super()._load(flag).items()})
+        where = describe(self.sources[flag], flag)
+        return DatasetDict({split: unpaired(rows, where) for split, rows in super()._load(flag).items()})
 
     def _loader(self, *args: Any, **kwargs: Any) -> ResumableLoader:
         alone = super()._loader(*args, **kwargs)
@@ -156,7 +157,7 @@ def check_both_kinds(rows: Dataset, where: str) -> None:
         )
 
 
-def unpaired(rows: Dataset) -> Dataset:
+def unpaired(rows: Dataset, where: str) -> Dataset:
     """Pairs as two rows each, everything else as it is.
 
     First comes one answer of every pair, in turn the chosen and the rejected one, then the others: so neighbours have
@@ -164,9 +165,10 @@ def unpaired(rows: Dataset) -> Dataset:
     """
     if "label" in rows.column_names:
         return rows
+    pairs = without_ties(rows, where)
     columns: dict[str, list] = {"prompt": [], "completion": [], "label": []}
     for first_is_chosen in (True, False):
-        for number, row in enumerate(iterate(rows)):
+        for number, row in enumerate(iterate(pairs)):
             prompt, chosen, rejected = pair(row)
             label = (number % 2 == 0) == first_is_chosen
             for name, value in zip(columns, (prompt, chosen if label else rejected, label), strict=True):

@@ -123,9 +123,14 @@ def test_errors(char_tokenizer, row, message):
 
 def test_pairs_of_the_same_text_are_left_out_and_counted(char_tokenizer):
     rows = [{"chosen": "y", "rejected": "n"}, {"chosen": "a", "rejected": "a"}, {"chosen": "y", "rejected": "y"}]
-    with pytest.warns(UserWarning, match="2 of 3 pairs have the same text twice"):
+    with pytest.warns(UserWarning, match="`data`: in 2 of 3 rows chosen and rejected are the same; they are left out"):
         module = make(char_tokenizer, rows)
     assert [row["chosen"] for row in module.ready("train")] == ["y"]
+
+
+def test_pairs_that_are_all_of_the_same_text_are_refused(char_tokenizer):
+    with pytest.raises(ValueError, match="`data`: chosen and rejected are the same in every row"):
+        make(char_tokenizer, [{"chosen": "a", "rejected": "a"}])
 
 
 def test_an_empty_completion_of_a_prompt_is_its_eos(char_tokenizer):

@@ -205,7 +205,6 @@ def test_val_share_keeps_a_prompt_on_one_side(char_tokenizer):
         ({"prompt": "a", "completion": "", "label": True}, "row 1 .*completion is empty"),
         ({"prompt": None, "completion": "b", "label": True}, "row 1 .*prompt must be text"),
         ({"prompt": "a", "completion": "b", "label": None}, "row 1 .*label must be true or false .*not None"),
-        ({"chosen": "a", "rejected": "a"}, "row 1 .*chosen and rejected are the same"),
         ({"chosen": "a", "rejected": None}, "row 1 .*rejected must be text"),
     ],
 )
@@ -213,6 +212,12 @@ def test_errors(char_tokenizer, row, message):
     fine = {"prompt": "p", "completion": "c", "label": False, "chosen": "y", "rejected": "n"}
     with pytest.raises(ValueError, match=message):
         make(char_tokenizer, [{key: fine[key] for key in row}, row])
+
+
+def test_pairs_of_the_same_text_are_left_out(char_tokenizer):
+    with pytest.warns(UserWarning, match="`data`: in 1 of 2 rows chosen and rejected are the same"):
+        module = make(char_tokenizer, [{"chosen": "y", "rejected": "n"}, {"chosen": "a", "rejected": "a"}])
+    assert set(module.ready("train")["completion"]) == {"y", "n"}
 
 
 @pytest.mark.parametrize("label", ["maybe", "", "2", 2, -1, 0.5])
