@@ -41,7 +41,7 @@ def draw(axes, toy: Toy, name: str, method: Method, path: list[Point], distances
     axes.plot([p.kl for p in curve], [p.reward for p in curve], color="0.7", label="best reward for a KL")
     axes.plot([p.kl for p in path], [p.reward for p in path], "-", color="tab:blue", lw=1.2, label="the run")
     axes.plot(path[-1].kl, path[-1].reward, "o", color="tab:blue", ms=5)
-    axes.plot(end.kl, end.reward, "*", color="tab:red", ms=13, mfc="none", label="where theory ends")
+    axes.plot(end.kl, end.reward, "*", color="tab:red", ms=13, mfc="none", label="the end in theory")
     axes.set_title(f"{name}: {max(distances):.4f}" if max(distances) >= 1e-4 else f"{name}: < 0.0001", fontsize=9)
 
 
