@@ -4,22 +4,24 @@
     python benchmarks/methods.py                      # three seeds; hours on two cores. Done runs are not repeated
     python benchmarks/methods.py --methods ppo grpo --seeds 1
 
-Each run is `train.py fit` on the method's own config in `configs/demo/`, in a process of its own, with the seed and the
-number of iterations set. Each policy is then judged in the same way: `train.py validate` samples a continuation of the
-same held-out openings, with the same noise, and measures reward, VADER's score and the KL to the SFT model. The offline
-methods learn from pairs that the SFT model sampled: as many responses as the others sample while they learn.
+Each run is `train.py fit` on the method's own config in `configs/demo/`, with the seed and the number of iterations
+set, in a process of its own with one thread, as many side by side as there are cores. Seconds are those that a process
+was on its core, start included. Each policy is then judged in the same way: `train.py validate` samples a continuation
+of the same held-out openings, with the same noise, and measures reward, VADER's score and the KL to the SFT model. The
+offline methods learn from pairs that the SFT model sampled: as many responses as the others sample while they learn.
 Results: RUNS/<method>-<seed>/result.json, and a table.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,30 +52,34 @@ FIELDS = ("reward", "gold", "kl", "seconds", "gib")
 
 
 def train(*arguments: str) -> tuple[float, float]:
-    """Run train.py; seconds and peak memory in GiB of its process."""
+    """Run train.py on one core; seconds on it and peak memory in GiB of its process."""
     command = [sys.executable, str(ROOT / "train.py"), *arguments, "--trainer.logger", "false"]
-    start = time.perf_counter()
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=one_core, stdout=said, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         said.seek(0)
         if status:
             code = os.waitstatus_to_exitcode(status)  # negative: a signal
             raise SystemExit(f"{' '.join(command)}\nfailed with code {code}:\n{said.read()[-5000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def sample_pairs(seed: int, iterations: int, runs: Path) -> None:
+    """What the offline methods learn from: as many responses as the others sample."""
+    folder, rows = runs / f"pairs-{seed}", iterations * RESPONSES_PER_ITERATION // 2
+    if not (folder / "predictions.jsonl").exists():
+        train("predict", "--config", "configs/demo/pairs.yaml", "--seed_everything", str(seed),
+              "--data.max_rows", str(rows), "--trainer.default_root_dir", str(folder))  # fmt: skip
 
 
 def fit(method: str, seed: int, iterations: int, runs: Path) -> tuple[float, float]:
     """Train a method; what it took."""
-    folder, pairs = runs / f"{method}-{seed}", runs / f"pairs-{seed}"
+    folder = runs / f"{method}-{seed}"
     flags = ["--config", f"configs/demo/{method}.yaml", "--seed_everything", str(seed)]
     flags += ["--trainer.default_root_dir", str(folder)]
     if method in OFFLINE:
-        if not (pairs / "predictions.jsonl").exists():
-            rows = str(iterations * RESPONSES_PER_ITERATION // 2)
-            train("predict", "--config", "configs/demo/pairs.yaml", "--seed_everything", str(seed),
-                  "--data.max_rows", rows, "--trainer.default_root_dir", str(pairs))  # fmt: skip
-        flags += ["--data.data", str(pairs / "predictions.jsonl")]
+        flags += ["--data.data", str(runs / f"pairs-{seed}" / "predictions.jsonl")]
     else:
         flags += ["--trainer.max_epochs", str(iterations), "--trainer.num_sanity_val_steps", "0"]
         flags += ["--trainer.limit_val_batches", "0"]
@@ -99,11 +105,15 @@ def judge(method: str, seed: int, runs: Path) -> dict[str, float]:
 
 
 def run(method: str, seed: int, iterations: int, runs: Path) -> None:
-    """Train and judge one method with one seed."""
+    """Train and judge one method with one seed, if that is not done."""
+    done = runs / f"{method}-{seed}" / "result.json"
+    if done.exists():
+        return
     seconds, gib = (0.0, 0.0) if method in WITHOUT_TRAINING else fit(method, seed, iterations, runs)
     result = {"method": method, "seed": seed, "iterations": iterations, "seconds": seconds, "gib": gib}
     result |= judge(method, seed, runs)
-    (runs / f"{method}-{seed}" / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    done.write_text(json.dumps(result, indent=2) + "\n")
+    print(*(f"{value:.2f}" if isinstance(value, float) else value for value in result.values()), flush=True)
 
 
 def table(runs: Path, methods: list[str], seeds: list[int]) -> Iterator[str]:
@@ -135,11 +145,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     args = parser.parse_args()
     runs = args.runs.resolve()
-    for seed in args.seeds:
-        for method in args.methods:
-            if not (runs / f"{method}-{seed}" / "result.json").exists():
-                print(f"{NAMES[method]}, seed {seed}", flush=True)
-                run(method, seed, args.iterations, runs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if set(args.methods) & set(OFFLINE):
+            list(pool.map(lambda seed: sample_pairs(seed, args.iterations, runs), args.seeds))
+        jobs = itertools.product(args.seeds, args.methods)
+        list(pool.map(lambda job: run(job[1], job[0], args.iterations, runs), jobs))
     print("\n".join(table(runs, args.methods, args.seeds)))
 
 
