@@ -71,15 +71,18 @@ from .reward_modelling import (
     rating_shares,
 )
 from .shaping import kl_shaped_rewards, penalize_missing_eos, soft_overlong_penalty
+from .statistics import bootstrap_interval, correlation, wins
 
 __all__ = [
     "AdvantageEstimate",
     "Parts",
     "adaptive_kl_coef",
     "alpha_link",
+    "bootstrap_interval",
     "bradley_terry_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "correlation",
     "distinct_n",
     "entropy",
     "exact_kl",
@@ -136,4 +139,5 @@ __all__ = [
     "unbiased_preference",
     "unique_share",
     "whiten",
+    "wins",
 ]

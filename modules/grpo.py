@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from ..functional import entropy, has_spread
 from .checks import require
 from .compositions import Advantage, Aggregation, GroupNormalized, Objective, SequenceMean, TokenRatio
-from .on_policy import Reward
 from .policy_gradient import PolicyGradientModule
-from .reporting import report
+from .rollout_module import Reward
 from .samples import Samples, chosen, joined, of_ranks
 
 
@@ -45,7 +44,7 @@ class GRPOModule(PolicyGradientModule):
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
-        reward: what to maximise; see `OnPolicyModule`.
+        reward: what to maximise; see `RolloutModule`.
         group_size: G, responses per prompt. Usual: 4 to 64.
         kl_coef: β, price of one nat of KL to the reference. Usual: 0 to 0.1.
         kl_in: `loss` adds β · KL per token to the loss (GRPO), which charges no token for the KL of later ones;
@@ -56,7 +55,6 @@ class GRPOModule(PolicyGradientModule):
             `Advantage`; None is GroupNormalized.
         objective: TokenRatio or SequenceRatio with their clip ranges, or your own `Objective`; None is TokenRatio.
         aggregation: SequenceMean, TokenMean, FixedLengthMean, or your own `Aggregation`; None is SequenceMean.
-        entropy_coef: weight of the entropy bonus. Usual: 0.
         max_sampling_rounds: dynamic sampling (DAPO): sample so many times at most, until there are enough groups whose
             rewards differ; 1 is off.
         **kwargs: see `PolicyGradientModule`, `OnPolicyModule` and `TextModule`.
@@ -76,7 +74,6 @@ class GRPOModule(PolicyGradientModule):
         advantage: Advantage | None = None,
         objective: Objective | None = None,
         aggregation: Aggregation | None = None,
-        entropy_coef: float = 0.0,
         max_sampling_rounds: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -102,7 +99,7 @@ class GRPOModule(PolicyGradientModule):
             advantages = self.advantage(rewards, mask, hparams.group_size, self.sum_over_ranks)  # 4. compare
         experience = GroupExperience(*rollout[:4], stats.logprobs, stats.ref_logprobs, advantages)
         self.fill(experience)  # 5. update: training_step
-        self.samples = report(self, "rollout", samples, stats)
+        self.observe(samples, stats, advantage=advantages)
         self.control_kl(stats, mask)
 
     def training_step(self, batch: GroupExperience, batch_idx: int) -> Tensor:
@@ -113,10 +110,10 @@ class GRPOModule(PolicyGradientModule):
         policy_loss = loss = self.objective.loss(logprobs, batch.logprobs, batch.advantages, mask)  # (B, T)
         if hparams.kl_in == "loss" and self.kl_coef:
             loss = loss + self.kl_coef * self.kl(logprobs, batch.ref_logprobs)
-        if hparams.entropy_coef:
-            loss = loss - hparams.entropy_coef * entropy(logits, hparams.temperature)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy(logits, hparams.temperature)
         clipped = self.objective.is_clipped(logprobs, batch.logprobs, mask)
-        self.log_update(batch, logprobs, policy_loss, clipped)
+        self.log_update(batch, batch_idx, logprobs, policy_loss, clipped)
         return self.mean_loss(*self.aggregation(loss, mask))
 
     def sample_groups(self) -> Samples:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import grouped, masked_sum, soft_preference_loss
+from ..functional import grouped, has_spread, masked_sum, soft_preference_loss
 from .checks import require
 from .objectives import DPO, Likelihoods, PairObjective
-from .on_policy import OnPolicyModule, Reward
-from .reporting import report
+from .on_policy import OnPolicyModule
+from .preference import figures
+from .rollout_module import Reward
 from .samples import chosen
 
 
@@ -43,12 +44,12 @@ class OnlineDPOModule(OnPolicyModule):
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
-        reward: what orders the responses; see `OnPolicyModule`.
+        reward: what orders the responses; see `RolloutModule`.
         objective: DPO, IPO, Hinge, SimPO, CPO or ORPO, with their own arguments; None is DPO with β = 0.1.
         group_size: G, responses per prompt. Usual: 2 to 8.
         label_temperature: τ, in units of reward.
-        **kwargs: see `OnPolicyModule` and `TextModule`; an iteration learns from 2 · `rollout_batch_size` /
-            `group_size` sequences, of which `minibatch_size` make a minibatch.
+        **kwargs: see `OnPolicyModule`, `RolloutModule` and `TextModule`; an iteration learns from 2 ·
+            `rollout_batch_size` / `group_size` sequences, of which `minibatch_size` make a minibatch.
     """
 
     experience_type = PairExperience
@@ -85,10 +86,12 @@ class OnlineDPOModule(OnPolicyModule):
             preference = self.preference(scores[rows])
         rollout, ref_logprobs = chosen(samples.rollout, rows), stats.ref_logprobs[rows]
         self.fill(PairExperience(*rollout[:4], ref_logprobs, preference))
-        self.samples = report(self, "rollout", samples, stats)
+        self.observe(samples, stats)
         difference = scores[rows[0::2]] - scores[rows[1::2]]
         self.log_mean("rollout/pair_gap", difference, batch_size=1)
         self.log_mean("rollout/tied_pairs", (difference == 0).float(), batch_size=1)
+        spread = has_spread(samples.scores.total, self.hparams.group_size)
+        self.log_mean("rollout/groups_with_spread", spread.float(), batch_size=1)
 
     def pairs(self, scores: Tensor) -> list[int]:
         """Rows of the best and the worst response to each prompt, in turn; of equal ones the first and the last."""
@@ -113,8 +116,7 @@ class OnlineDPOModule(OnPolicyModule):
         rows = [*(masked_sum(column, mask, dim=1) for column in columns), mask.sum(1)]
         better, worse = (Likelihoods(*(column[start::2] for column in rows)) for start in (0, 1))
         losses = self.objective.loss(better, worse), self.objective.loss(worse, better)
-        margin = self.objective.score(better) - self.objective.score(worse)
-        self.log_mean("train/margin", margin, batch_size=len(margin))
-        self.log_mean("train/accuracy", (1 + margin.sign()) / 2, batch_size=len(margin))
+        for name, values in figures(self.objective, better, worse).items():
+            self.log_mean(f"train/{name}", values, batch_size=len(values))
         loss = soft_preference_loss(*losses, batch.preference[0::2])
         return self.mean_loss(loss.sum(), len(loss))

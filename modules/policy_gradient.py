@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from ..functional import adaptive_kl_coef, kl_k1, kl_k2, kl_k3, kl_shaped_rewards, masked_sum
 from .checks import require
 from .experience import TokenStatistics
-from .on_policy import OnPolicyModule, Reward
+from .on_policy import OnPolicyModule
+from .rollout_module import Reward
 from .samples import Samples
 
+STATE = ("kl_coef", "entropy_coef", "_approx_kl")
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
@@ -20,14 +22,15 @@ class PolicyGradientModule(OnPolicyModule):
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
-        reward: what to maximise; see `OnPolicyModule`.
+        reward: what to maximise; see `RolloutModule`.
         kl_coef: β, price of one nat of KL to the reference, in units of reward. Usual: 0.01 to 0.2.
         kl_target: mean sequence KL, in nats, at which an adaptive coefficient aims; None keeps `kl_coef` fixed.
         kl_horizon: episodes over which the adaptive coefficient moves (Ziegler et al. 2019: 10,000).
         kl_estimator: of the penalty per token: k1 is unbiased with the right gradient in a reward; k2, k3 are never
             negative.
+        entropy_coef: weight of the entropy bonus. Usual in RLHF: 0.
         target_kl: stop an iteration's updates when a minibatch's KL(old ‖ new) per token exceeds this; None goes on.
-        **kwargs: see `OnPolicyModule` and `TextModule`.
+        **kwargs: see `OnPolicyModule`, `RolloutModule` and `TextModule`.
     """
 
     def __init__(
@@ -39,13 +42,14 @@ class PolicyGradientModule(OnPolicyModule):
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
         kl_estimator: Literal["k1", "k2", "k3"] = "k1",
+        entropy_coef: float = 0.0,
         target_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
         require("kl_coef", kl_coef >= 0, "at least 0", kl_coef)
         require("kl_estimator", kl_estimator in KL_ESTIMATORS, f"one of {list(KL_ESTIMATORS)}", kl_estimator)
-        self.kl_coef = kl_coef
+        self.kl_coef, self.entropy_coef = kl_coef, entropy_coef
         self._approx_kl = 0.0
 
     def kl(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -71,18 +75,24 @@ class PolicyGradientModule(OnPolicyModule):
         self.kl_coef = adaptive_kl_coef(self.kl_coef, total / count, hparams.kl_target, hparams.kl_horizon, int(count))
 
     @torch.no_grad()
-    def log_update(self, batch: NamedTuple, logprobs: Tensor, loss: Tensor, clipped: Tensor, **others: Tensor) -> None:
+    def log_update(
+        self, batch: NamedTuple, batch_idx: int, logprobs: Tensor, loss: Tensor, clipped: Tensor, **others: Tensor
+    ) -> None:
         """Log a minibatch's figures per token, and note how far the policy has moved since it sampled."""
         mask = batch.response_mask
+        ratio = (logprobs - batch.logprobs).exp()
         approx_kl = kl_k3(batch.logprobs, logprobs)  # of KL(old ‖ new): the tokens are from the old policy
         per_token = {
             "policy/loss": loss,
             "policy/approx_kl": approx_kl,
             "policy/clip_fraction": clipped,
-            "policy/ratio": (logprobs - batch.logprobs).exp(),
+            "policy/ratio": ratio,
         }
         for name, values in (per_token | others).items():
             self.log_mean(name, values, mask, prog_bar=name == "policy/clip_fraction", batch_size=len(mask))
+        self.log_range("policy/ratio", ratio[mask], batch_size=len(mask))
+        if batch_idx < self.trainer.accumulate_grad_batches:  # nothing has moved yet
+            self.log_largest("policy/first_ratio_error", (logprobs - batch.logprobs)[mask].abs(), batch_size=len(mask))
         if self.hparams.target_kl is not None:
             sums = torch.stack([masked_sum(approx_kl, mask), mask.sum().float()])
             total, count = self.sum_over_ranks(sums).tolist()
@@ -97,16 +107,18 @@ class PolicyGradientModule(OnPolicyModule):
         return -1  # Lightning skips the rest of the epoch
 
     def on_train_epoch_end(self) -> None:
-        """The price of KL goes into the log, too."""
+        """The prices of KL and of entropy go into the log, too."""
         super().on_train_epoch_end()
+        self.log("policy/entropy_coef", self.entropy_coef, sync_dist=True)
         self.log("policy/kl_coef", self.kl_coef, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The KL coefficient and what early stopping goes by go along."""
+        """The coefficients and what early stopping goes by go along."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] |= {"kl_coef": self.kl_coef, "approx_kl": self._approx_kl}
+        checkpoint["on_policy"] |= {name: getattr(self, name) for name in STATE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The KL coefficient and what early stopping goes by come back."""
+        """The coefficients and what early stopping goes by come back."""
         super().on_load_checkpoint(checkpoint)
-        self.kl_coef, self._approx_kl = checkpoint["on_policy"]["kl_coef"], checkpoint["on_policy"]["approx_kl"]
+        for name in STATE:
+            setattr(self, name, checkpoint["on_policy"][name])

@@ -30,10 +30,9 @@ from ..functional import (
 from .backbone import Scorer, unwrapped
 from .checks import require
 from .experience import Experience
-from .on_policy import Reward, whole_sequences
 from .policy_gradient import PolicyGradientModule
-from .reporting import report
 from .rollout import Rollout
+from .rollout_module import Reward, whole_sequences
 from .sharing import load_scorer, shared_base
 
 
@@ -63,7 +62,7 @@ class PPOModule(PolicyGradientModule):
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
-        reward: what to maximise; see `OnPolicyModule`.
+        reward: what to maximise; see `RolloutModule`.
         kl_coef: β, price of one nat of KL to the starting policy. Usual: 0.01 to 0.2.
         value_model: folder or hub id of a reward model from which a separate value network starts; None puts a linear
             value head on the policy's last hidden state. Without LoRA it is trained whole, with LoRA its head and its
@@ -72,7 +71,6 @@ class PPOModule(PolicyGradientModule):
         clip_range: ε of the policy ratio. Usual: 0.2.
         clip_range_value: how far values may move from the old ones before the loss is flat; None does not clip.
         vf_coef: weight of the value loss. Usual: 0.1 to 1.
-        entropy_coef: weight of the entropy bonus. Usual in RLHF: 0.
         gamma: discount per token. Usual in RLHF: 1.
         gae_lambda: λ of generalised advantage estimation: 1 is Monte Carlo, 0 one-step TD. Usual: 0.95.
         whiten_rewards: scale KL-shaped rewards to standard deviation 1 over all ranks, mean kept.
@@ -95,7 +93,6 @@ class PPOModule(PolicyGradientModule):
         clip_range: float = 0.2,
         clip_range_value: float | None = 0.2,
         vf_coef: float = 0.1,
-        entropy_coef: float = 0.0,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
         whiten_rewards: bool = False,
@@ -160,7 +157,7 @@ class PPOModule(PolicyGradientModule):
                 advantages = whiten(advantages, mask, self.sum_over_ranks)
         experience = PPOExperience(*rollout[:4], stats.logprobs, stats.values, advantages, returns)
         self.fill(experience)  # 5. update: training_step
-        self.samples = report(self, "rollout", samples, stats)
+        self.observe(samples, stats, value=stats.values, advantage=advantages)
         explained = explained_variance(stats.values, returns, mask, self.sum_over_ranks)
         self.log_mean("value/explained_variance", explained[None], batch_size=1)
         self.control_kl(stats, mask)
@@ -173,10 +170,13 @@ class PPOModule(PolicyGradientModule):
         policy_loss = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, hparams.clip_range)
         value_loss = clipped_value_loss(values, batch.values, batch.returns, hparams.clip_range_value)
         loss = policy_loss + hparams.vf_coef * value_loss  # (B, T)
-        if hparams.entropy_coef:
-            loss = loss - hparams.entropy_coef * entropy(logits, hparams.temperature)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy(logits, hparams.temperature)
         clipped = is_clipped(logprobs, batch.logprobs, hparams.clip_range)
-        self.log_update(batch, logprobs, policy_loss, clipped, **{"value/loss": value_loss})
+        of_values = {"value/loss": value_loss}
+        if hparams.clip_range_value is not None:
+            of_values["value/clip_fraction"] = (values - batch.values).abs() > hparams.clip_range_value
+        self.log_update(batch, batch_idx, logprobs, policy_loss, clipped, **of_values)
         return self.mean_loss(masked_sum(loss, mask), mask.sum())
 
     def values(self, e: Experience | Rollout, hidden: Tensor) -> Tensor:

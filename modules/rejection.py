@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import grouped, masked_sum
+from ..functional import grouped, has_spread, masked_sum
 from .checks import require
 from .experience import Experience
-from .on_policy import OnPolicyModule, Reward
-from .reporting import report
+from .on_policy import OnPolicyModule
+from .reporting import report, seen
+from .rollout_module import Reward, RolloutModule
 from .samples import Samples, chosen, repeated
 
 
@@ -40,12 +41,12 @@ class RFTModule(OnPolicyModule):
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
-        reward: what to pick the best by; see `OnPolicyModule`.
+        reward: what to pick the best by; see `RolloutModule`.
         group_size: G, responses per prompt. Usual: 4 to 64.
         from_reference: sample from the reference, else from the policy as it is. In the first case `rollout/kl` is
             −KL(reference ‖ policy).
-        **kwargs: see `OnPolicyModule` and `TextModule`; an iteration learns from `rollout_batch_size` / `group_size`
-            sequences.
+        **kwargs: see `OnPolicyModule`, `RolloutModule` and `TextModule`; an iteration learns from
+            `rollout_batch_size` / `group_size` sequences.
     """
 
     learned_from = "rollout_batch_size / group_size"
@@ -88,8 +89,12 @@ class RFTModule(OnPolicyModule):
             stats = self.token_statistics(samples.rollout)
             rows = best_rows(self.shaped_scores(samples.scores.total, samples.rollout), self.hparams.group_size)
         self.fill(Experience(*chosen(samples.rollout, rows)[:4]))
-        self.samples = report(self, "rollout", samples, stats)
+        self.observe(samples, stats)
+        spread = has_spread(samples.scores.total, self.hparams.group_size)
+        lengths = samples.rollout.response_mask.sum(1)
         self.log_mean("rollout/best_reward", samples.scores.total[rows], batch_size=1)
+        self.log_mean("rollout/best_length", lengths[rows].float(), batch_size=1)
+        self.log_mean("rollout/groups_with_spread", spread.float(), batch_size=1)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Summed negative log-likelihood of the best responses."""
@@ -97,7 +102,7 @@ class RFTModule(OnPolicyModule):
         return self.mean_loss(-masked_sum(self.logprobs(logits, batch), batch.response_mask), batch.response_mask.sum())
 
 
-class BestOfNModule(OnPolicyModule):
+class BestOfNModule(RolloutModule):
     """Best-of-n: sample n responses, answer with the one that the reward likes most. Nothing is trained.
 
     For `validate`, `test` and `predict`. The KL that is reported as `val/kl_bound` is log n − (n − 1)/n, an upper bound
@@ -108,17 +113,15 @@ class BestOfNModule(OnPolicyModule):
 
     Args:
         model: the policy.
-        reward: what to pick by; see `OnPolicyModule`.
+        reward: what to pick by; see `RolloutModule`.
         n: responses per prompt. Usual: 4 to 64.
-        **kwargs: see `OnPolicyModule` and `TextModule`.
+        **kwargs: see `RolloutModule` and `TextModule`.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, reward: Reward | None = None, *, n: int = 8, **kwargs: Any
     ) -> None:
         require("n", n >= 2, "at least 2", n)
-        for name in ("normalize_scores", "normalize_rewards"):  # by the means of a training
-            require(name, not kwargs.get(name), "False where nothing is trained", kwargs.get(name))
         super().__init__(model, reward, **kwargs)
 
     def setup(self, stage: str) -> None:
@@ -147,6 +150,7 @@ class BestOfNModule(OnPolicyModule):
         with self.rollout_weights():
             samples, *_ = self.best_and_worst(batch, -1)
             columns = report(self, stage, samples, self.token_statistics(samples.rollout))
+        self._seen.append(seen(samples))
         bound = torch.tensor([n]).log() - (n - 1) / n
         self.log_mean(f"{stage}/kl_bound", bound.to(self.device), batch_size=1)
         return columns

@@ -139,3 +139,9 @@ def _models(network: nn.Module) -> list[PreTrainedModel]:
 def is_sharded(network: nn.Module) -> bool:
     """Whether a network's parameters are spread over ranks."""
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, of all their shards; all ranks must call it."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

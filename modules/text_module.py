@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,18 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..checkpointing import settle
-from ..functional import masked_sum
 from ..pretrained import load_tokenizer
 from .backbone import DTYPES, add_lora, load_causal_lm
 from .checks import check_precision, check_strategy, objects_given, require
 from .exporting import save_network
-from .metrics import Mean
 from .precision import HalfBackbone
 from .quantization import check_4bit
-from .sharding import is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
+from .running import RunningFigures
+from .sharding import global_norm, is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
 
 
-class TextModule(L.LightningModule):
+class TextModule(RunningFigures):
     """Base of the language modules.
 
     Two things that Lightning leaves to its users are done here once.
@@ -57,6 +55,8 @@ class TextModule(L.LightningModule):
         adam_eps: of AdamW. RLHF papers often use 1e-5.
         lr_scheduler: shape of the learning rate over the optimizer steps of the run.
         warmup_ratio: share of the steps over which the learning rate rises from 0.
+        warmup_steps: the same as a number of optimizer steps, in place of `warmup_ratio`.
+        min_lr_ratio: of `cosine_with_min_lr`: where it ends, as a share of `learning_rate`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: run Python code that comes with the model. Off for good reason.
     """
@@ -76,8 +76,10 @@ class TextModule(L.LightningModule):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         adam_eps: float = 1e-8,
-        lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear",
+        lr_scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "linear",
         warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        min_lr_ratio: float = 0.1,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -86,14 +88,15 @@ class TextModule(L.LightningModule):
         require("lora_r", lora_r >= 0, "at least 0", lora_r)
         require("learning_rate", learning_rate >= 0, "at least 0", learning_rate)
         require("warmup_ratio", 0 <= warmup_ratio <= 1, "between 0 and 1", warmup_ratio)
+        require("warmup_ratio", not (warmup_ratio and warmup_steps), "0 where `warmup_steps` is given", warmup_ratio)
+        require("warmup_steps", (warmup_steps or 0) >= 0, "at least 0", warmup_steps)
+        require("min_lr_ratio", 0 <= min_lr_ratio <= 1, "between 0 and 1", min_lr_ratio)
         # Arguments that are objects (a model, a function) stay out of checkpoints: those load without unpickling.
         self.save_hyperparameters(ignore=objects_given(self, inspect.currentframe()), logger=False)
         self.__dict__["_model_spec"] = model  # else one given as an object would be a submodule beside what it becomes
         self._tokenizer_spec = tokenizer
         self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint checks that
-        self._means = nn.ModuleDict()
         self._resumed_place: dict[str, int] = {}
-        self._resumed_sums: dict[str, tuple[float, float]] = {}
         self._loss: Tensor | float = 0.0  # sum and count since the last optimizer step
         self._is_built = False
         self._rows_seen = 0
@@ -170,7 +173,7 @@ class TextModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; a subclass with several learning rates names them here."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "name": "all"}]
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "name": "train"}]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and a learning-rate schedule over the optimizer steps of the run."""
@@ -184,11 +187,14 @@ class TextModule(L.LightningModule):
                 f"`lr_scheduler={hparams.lr_scheduler}` needs to know how long the run is, but it has no end: set "
                 "`--trainer.max_epochs` or `--trainer.max_steps`, or use `lr_scheduler=constant`."
             )
+        share = round(hparams.warmup_ratio * steps) if math.isfinite(steps) else 0
+        with_end = hparams.lr_scheduler == "cosine_with_min_lr"
         scheduler = get_scheduler(
             hparams.lr_scheduler,
             optimizer,
-            num_warmup_steps=round(hparams.warmup_ratio * steps) if math.isfinite(steps) else 0,
+            num_warmup_steps=share if hparams.warmup_steps is None else hparams.warmup_steps,
             num_training_steps=steps,
+            scheduler_specific_kwargs={"min_lr_rate": hparams.min_lr_ratio} if with_end else None,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -210,12 +216,9 @@ class TextModule(L.LightningModule):
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(undo / max(count, 1))
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks; the tensor itself in one process."""
-        if self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+        for group in optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            self.log(f"{group.get('name', 'train')}/grad_norm", global_norm(gradients))
 
     @property
     def seed(self) -> int:
@@ -230,13 +233,13 @@ class TextModule(L.LightningModule):
         return getattr(self, self.exported)
 
     @contextmanager
-    def rollout_weights(self) -> Iterator[None]:
-        """Sampling under FSDP2 with the weights gathered once, if the strategy says so."""
+    def rollout_weights(self, *networks: nn.Module) -> Iterator[None]:
+        """Sampling under FSDP2 with weights gathered once, if the strategy says so: by default the policy's."""
         if not (is_sharded(self.trained_network) and self._unshards_rollouts):
             yield
             return
         # Inference mode, in which Lightning may evaluate, would leave tensors that no later backward could use.
-        with torch.inference_mode(False), torch.no_grad(), unsharded(*self.sampled_networks):
+        with torch.inference_mode(False), torch.no_grad(), unsharded(*(networks or self.sampled_networks)):
             yield
 
     @property
@@ -255,29 +258,14 @@ class TextModule(L.LightningModule):
     def _unshards_rollouts(self) -> bool:
         return getattr(self.trainer.strategy, "unshard_rollouts", True)
 
-    def log_mean(self, name: str, values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> None:
-        """Log the mean over the True entries of the mask, exact over batches and ranks: sum and count stay apart."""
-        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        self._log_sums(name, masked_sum(values.detach(), mask), mask.sum(), **kwargs)
-
-    def _log_sums(self, name: str, total: Tensor, count: Tensor, **kwargs: Any) -> None:
-        if name not in self._means:
-            self._means[name] = Mean().to(total.device)
-        self._means[name].update(total, count)
-        # Lightning looks up a metric's name only once; this one may be younger than that.
-        self.log(name, self._means[name], on_step=False, on_epoch=True, metric_attribute=f"_means.{name}", **kwargs)
-
     def on_train_start(self) -> None:
-        """An epoch that a stopped run began goes on where it stood: its loader, and its means."""
+        """An epoch that a stopped run began goes on where it stood: its loader, its means and extremes."""
         if self._resumed_place:
             # Lightning does so too, but not if the loader is there before the checkpoint is read; and it is, since
             # `configure_optimizers` asks for the length of the run.
             self.trainer.train_dataloader.load_state_dict(self._resumed_place)
         self._resumed_place = {}
-        for name, sums in self._resumed_sums.items():
-            total, count = torch.tensor(sums, dtype=torch.float64, device=self.device) * (self.global_rank == 0)
-            self._log_sums(name, total, count, batch_size=1)
-        self._resumed_sums = {}
+        self.resume_running()
 
     def _place(self) -> dict[str, int]:
         return getattr(self.trainer.train_dataloader, "state_dict", dict)()
@@ -313,8 +301,7 @@ class TextModule(L.LightningModule):
         checkpoint["module_class"], checkpoint["dtype"] = type(self).__name__, self.backbone_dtype
         checkpoint["place"] = self._place()
         if self.is_within_epoch():
-            sums = {name: self.sum_over_ranks(mean.sums).tolist() for name, mean in self._means.items()}
-            checkpoint["epoch_sums"] = {name: (total, count) for name, (total, count) in sums.items() if count}
+            checkpoint["running"] = self.running_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another module, or of another network."""
@@ -327,7 +314,7 @@ class TextModule(L.LightningModule):
                 "of the same module, with the same `model` and `lora_r`."
             )
         settle(checkpoint)
-        self._resumed_place, self._resumed_sums = checkpoint["place"], checkpoint.get("epoch_sums", {})
+        self._resumed_place, self._resumed_running = checkpoint["place"], checkpoint.get("running", {})
         # What is frozen comes from the model itself: with it the file is whole, and Lightning has nothing to warn of.
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
 

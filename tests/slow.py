@@ -168,7 +168,7 @@ def copy_of(module, **options):
     """Another module with the same weights."""
     other = type(module)(module._model_spec, **options)
     other.configure_model()
-    other.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith("_means")})
+    other.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith("_running")})
     return other
 
 
@@ -188,7 +188,7 @@ def gradient_of(module, e):
     module.zero_grad()
     loss = module.training_step(e, 0)
     loss.backward()
-    module.on_before_optimizer_step(None)
+    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=0.1))
     return loss.detach(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 

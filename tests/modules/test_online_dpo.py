@@ -69,6 +69,7 @@ def test_experience_is_the_pairs_of_the_samples(online, fit, policy, options):
     metrics = logged(module)
     assert max(gaps) > 0
     assert metrics["rollout/pair_gap"] == pytest.approx(sum(gaps) / len(gaps))
+    assert metrics["rollout/groups_with_spread"] == pytest.approx(sum(gap != 0 for gap in gaps) / len(gaps))
     assert metrics["rollout/tied_pairs"] == pytest.approx(sum(gap == 0 for gap in gaps) / len(gaps))
     assert metrics["rollout/reward"] == pytest.approx(sum(rewards) / 12)  # of all samples
 
@@ -157,6 +158,28 @@ def test_loss_and_gradient_equal_the_restatement(fixed, options, beta):
     for name, p in double.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad.float(), rtol=1e-4, atol=1e-5)
     assert gradients["policy.lm_head.weight"].abs().max() > 1e-3
+
+
+def test_what_is_seen_of_pairs_is_as_in_loops(fixed):
+    module, e = fixed(objective=DPO(0.3))
+    seen = {}
+    module.log_mean = lambda name, values, **_: seen.update({name: values.tolist()})
+    module.training_step(slow.with_garbage(e), 0)
+    double = silent(slow.copy_of(module)).double()
+    logprobs, rewards = [], []
+    for i, (prompt, response) in enumerate(sequences(e)):
+        logs, _ = slow.softmaxes(double.policy, double, prompt, response)
+        logprobs.append(sum(logs[t, token].item() for t, token in enumerate(response)))
+        rewards.append(0.3 * (logprobs[-1] - sum(e.ref_logprobs[i, : len(response)].tolist())))
+    expected = {
+        "reward_chosen": rewards[0::2],
+        "reward_rejected": rewards[1::2],
+        "margin": [a - b for a, b in zip(rewards[0::2], rewards[1::2], strict=True)],
+        "logprob_chosen": logprobs[0::2],
+        "logprob_rejected": logprobs[1::2],
+    }
+    for name, values in expected.items():
+        assert seen[f"train/{name}"] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 def test_ipo_equals_its_restatement(fixed):

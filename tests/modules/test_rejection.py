@@ -20,9 +20,11 @@ def rft(short):
 
 
 @pytest.fixture
-def best_of_n(short):
+def best_of_n(policy, reward_function):
     """A BestOfNModule that picks from four."""
-    return short(BestOfNModule, n=4)
+    return lambda **options: BestOfNModule(
+        **(dict(model=policy, reward=reward_function, n=4, max_new_tokens=6) | options)
+    )
 
 
 class Responses(L.Callback):
@@ -55,6 +57,11 @@ def test_the_best_of_each_group_are_learned(rft, fit):
     assert ["".join(map(chr, response)).rstrip("\0") for _, response in rows] == [samples["response"][i] for i in best]
     assert letters_of(e) == [samples["reward"][i] for i in best]
     expected = sum(samples["reward"][i] for i in best) / 3
+    lengths = [samples["length"][i] for i in best]
+    assert sum(lengths) / 3 != sum(samples["length"]) / 12
+    assert logged(module)["rollout/best_length"] == pytest.approx(sum(lengths) / 3)
+    spread = [len(set(samples["reward"][start : start + 4])) > 1 for start in (0, 4, 8)]
+    assert logged(module)["rollout/groups_with_spread"] == pytest.approx(sum(spread) / 3)
     assert logged(module)["rollout/best_reward"] == pytest.approx(expected)
     assert logged(module)["rollout/reward"] == pytest.approx(sum(samples["reward"]) / 12)
     assert expected > sum(samples["reward"]) / 12
@@ -309,9 +316,3 @@ def test_nothing_can_be_trained_or_picked_without_a_reward(best_of_n, fit, make_
         make_trainer().predict(best_of_n(reward=None), datamodule=new_prompts())
     with pytest.raises(ValueError, match="`n` must be at least 2, but got 1"):
         best_of_n(n=1)
-
-
-@pytest.mark.parametrize("name", ["normalize_scores", "normalize_rewards"])
-def test_there_are_no_means_of_a_training_to_normalise_by(best_of_n, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be False where nothing is trained, but got True"):
-        best_of_n(**{name: True})

@@ -207,7 +207,7 @@ def separately(monkeypatch):
     """Nothing is shared from now on."""
 
     def forbid():
-        for module in ("ppo", "on_policy"):
+        for module in ("ppo", "rollout_module"):
             monkeypatch.setattr(f"lightning_rlhf.modules.{module}.shared_base", lambda _: None)
 
     return forbid

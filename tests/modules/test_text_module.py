@@ -69,6 +69,18 @@ def test_schedules_follow_their_closed_form(sft, rates, name, ratio, shape):
     assert seen == pytest.approx([RATE * shape(k, STEPS, round(ratio * STEPS)) for k in range(STEPS)])
 
 
+def test_warmup_as_a_number_of_steps(sft, rates):
+    as_share = sft(lr_scheduler="cosine", warmup_ratio=3 / STEPS)
+    assert rates(sft(lr_scheduler="cosine", warmup_steps=3)) == rates(as_share)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_cosine_may_end_above_zero(sft, rates, share):
+    seen = rates(sft(lr_scheduler="cosine_with_min_lr", min_lr_ratio=share))
+    expected = [share + (1 - share) * (1 + math.cos(math.pi * k / STEPS)) / 2 for k in range(STEPS)]
+    assert seen == pytest.approx([RATE * value for value in expected])
+
+
 def test_schedules_count_optimizer_steps_not_batches(sft, rates):
     seen = rates(sft(lr_scheduler="linear"), accumulate_grad_batches=2)
     assert sorted(set(seen), reverse=True) == pytest.approx([RATE * (5 - k) / 5 for k in range(5)])
@@ -240,6 +252,9 @@ def test_a_last_step_of_fewer_batches_is_a_mean_too(policy, fit, gradients):
         ({"lora_r": -1}, "`lora_r` must be at least 0, but got -1"),
         ({"learning_rate": -1.0}, "`learning_rate` must be at least 0"),
         ({"warmup_ratio": 1.5}, "`warmup_ratio` must be between 0 and 1, but got 1.5"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "`warmup_ratio` must be 0 where `warmup_steps` is given"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be at least 0, but got -1"),
+        ({"min_lr_ratio": 2.0}, "`min_lr_ratio` must be between 0 and 1, but got 2.0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"temperature": 0.0}, "`temperature` must be above 0"),
     ],
