@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .base import Fate, TextDataModule
+from .origins import as_source, source_column, sources_of, without_source
 from .sources import Source, describe, find_column, iterate, select_roles
 from .text import (
     Encoded,
@@ -38,7 +39,7 @@ class PreferenceDataModule(TextDataModule):
     A batch, padded on the right: `input_ids` (2B, L) int64, the B chosen first, then the B rejected, so that one
     forward pass serves both; `attention_mask` (2B, L) int64; `loss_mask` (2B, L) bool, True at the completion with its
     EOS; `margin` (B,) float32, by how much chosen is better, 0 where the data does not say; `preference` (B,) float32,
-    share of people who prefer chosen, 1 where the data does not say.
+    share of people who prefer chosen, 1 where the data does not say; with a column of sources `source`, B strings.
 
     Args:
         data: Training data: a hub id, a .jsonl, .json, .csv or .parquet file, a folder of those, `vader:NAME` or a
@@ -48,6 +49,8 @@ class PreferenceDataModule(TextDataModule):
         rejected_column: Column of the worse answers; None looks for rejected.
         margin_column: Column of numbers that say how much better; None looks for margin.
         preference_column: Column of the shares, 0 to 1, of people who prefer chosen; None looks for preference.
+        source_column: Column of names that say where rows are from; agreement is reported for each. None looks for
+            source, with at most 100 different ones.
         **kwargs: The other arguments of `TextDataModule`.
     """
 
@@ -59,6 +62,7 @@ class PreferenceDataModule(TextDataModule):
         rejected_column: str | None = None,
         margin_column: str | None = None,
         preference_column: str | None = None,
+        source_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(data, **kwargs)
@@ -69,13 +73,12 @@ class PreferenceDataModule(TextDataModule):
             "margin": margin_column,
             "preference": preference_column,
         }
+        self.source_column = source_column
 
     def select(self, dataset: Dataset, where: str) -> Dataset:
         required = ("chosen", "rejected")
-        return select_roles(
-            dataset,
-            {role: find_column(dataset, role, flag, where, role in required) for role, flag in self.flags.items()},
-        )
+        roles = {role: find_column(dataset, role, flag, where, role in required) for role, flag in self.flags.items()}
+        return select_roles(dataset, roles | {"source": source_column(dataset, self.source_column, where)})
 
     def check_row(self, row: dict[str, Any]) -> None:
         chosen, rejected = (check_text(row[name], name, allow_empty="prompt" in row) for name in ("chosen", "rejected"))
@@ -92,12 +95,16 @@ class PreferenceDataModule(TextDataModule):
         check_text(rejected, "rejected, after the common prompt,", allow_empty="prompt" in row)
         if "margin" in row:
             as_number(row["margin"], "margin")
+        as_source(row.get("source"))
         share = as_number(row.get("preference", 1), "preference")
         if not 0 <= share <= 1:
             raise ValueError(f"preference must be the share of people who prefer chosen, 0 to 1, not {share}")
 
     def identity(self, row: dict[str, Any]) -> Any:
-        return pair(row)[0] or row  # all pairs of one prompt on the same side
+        return pair(row)[0] or without_source(row)  # all pairs of one prompt on the same side
+
+    def wording(self, row: dict[str, Any]) -> str:
+        return super().wording(without_source(row))
 
     def measure(self, row: dict[str, Any]) -> Fate:
         prompt, chosen, rejected = pair(row)
@@ -141,7 +148,7 @@ def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: 
     return chosen, rejected
 
 
-def collate(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Tensor]:
+def collate(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
     """Rows to a batch; see `PreferenceDataModule`."""
     chosen, rejected = zip(*[encode(row, tokenizer, max_length) for row in rows], strict=True)
     ids, loss_masks = zip(*chosen, *rejected, strict=True)
@@ -151,6 +158,7 @@ def collate(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_
         "loss_mask": pad(loss_masks, "right", False),
         "margin": column(rows, "margin", 0),
         "preference": column(rows, "preference", 1),
+        **sources_of(rows),
     }
 
 

@@ -10,10 +10,10 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .base import Fate, TextDataModule
+from .origins import as_source, source_column, sources_of, without_source
 from .sources import Source, find_column, select_roles
 from .text import (
     Encoded,
@@ -45,7 +45,8 @@ class RankingDataModule(TextDataModule):
 
     A batch, padded on the right, holds all responses of all its rows one after the other, N in all: `input_ids` (N, L)
     int64; `attention_mask` (N, L) int64; `group` (N,) int64, the number of the row within the batch; `rank` (N,)
-    float32, lower is better, equal within a group is a tie. So a batch is `batch_size` lists, and more texts than that.
+    float32, lower is better, equal within a group is a tie; with a column of sources `source`, a string per row. So a
+    batch is `batch_size` lists, and more texts than that.
 
     Args:
         data: Training data: a hub id, a .jsonl, .json, .csv or .parquet file, a folder of those, `vader:NAME` or a
@@ -56,6 +57,8 @@ class RankingDataModule(TextDataModule):
             Without one, responses come best first.
         response_field: Where a response is an object with several fields, the one that holds its text or messages.
         rank_field: The field of such an object that holds its rank.
+        source_column: Column of names that say where rows are from; agreement is reported for each. None looks for
+            source, with at most 100 different ones.
         **kwargs: The other arguments of `TextDataModule`.
     """
 
@@ -67,6 +70,7 @@ class RankingDataModule(TextDataModule):
         ranks_column: str | None = None,
         response_field: str | None = None,
         rank_field: str | None = None,
+        source_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(data, **kwargs)
@@ -74,13 +78,14 @@ class RankingDataModule(TextDataModule):
             raise ValueError("`rank_field` goes with `response_field`, and takes the place of `ranks_column`")
         self.flags = {"responses": responses_column, "prompt": prompt_column, "ranks": ranks_column}
         self.read = partial(ranked_list, response_field=response_field, rank_field=rank_field)
-        self.ranks_are_fields = rank_field is not None
+        self.ranks_are_fields, self.source_column = rank_field is not None, source_column
 
     def select(self, dataset: Dataset, where: str) -> Dataset:
         roles = {
             role: find_column(dataset, role, flag, where, required=role == "responses")
             for role, flag in self.flags.items()
         }
+        roles["source"] = source_column(dataset, self.source_column, where)
         return select_roles(dataset, roles | ({"ranks": None} if self.ranks_are_fields else {}))
 
     def check_row(self, row: dict[str, Any]) -> None:
@@ -91,6 +96,7 @@ class RankingDataModule(TextDataModule):
             raise ValueError(f"ranks must hold one for each of the {len(responses)} responses, but holds {len(ranks)}")
         if len(set(ranks)) == 1:
             raise ValueError(f"ranks are all {ranks[0]:g}: ties only, which says nothing; delete the row")
+        as_source(row.get("source"))
         check_text(prompt, "prompt", allow_empty=True)
         for response in responses:
             check_text(response, "each response")
@@ -98,7 +104,7 @@ class RankingDataModule(TextDataModule):
                 raise ValueError("prompt and responses must all be text or all be lists of messages")
 
     def identity(self, row: dict[str, Any]) -> Any:
-        return self.read(row).prompt or row
+        return self.read(row).prompt or without_source(row)
 
     def wording(self, row: dict[str, Any]) -> str:
         prompt, responses, _ = self.read(row)
@@ -172,7 +178,7 @@ def collate(
     read: Callable[[dict[str, Any]], RankedList],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Rows to a batch; see `RankingDataModule`."""
     lists = [read(row) for row in rows]
     ids = [encoded.ids for one in lists for encoded in encode(one, tokenizer, max_length)]
@@ -181,4 +187,5 @@ def collate(
         "attention_mask": padding_mask(ids, "right").long(),
         "group": pad([[number for number, one in enumerate(lists) for _ in one.responses]], "right", 0)[0],
         "rank": pad([[rank for one in lists for rank in one.ranks]], "right", 0.0)[0],
+        **sources_of(rows),
     }

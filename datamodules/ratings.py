@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .base import Fate, TextDataModule
+from .origins import as_source, source_column, sources_of, without_source
 from .sources import Source, find_column, select_roles
 from .text import (
     Encoded,
@@ -35,7 +35,8 @@ class RatingDataModule(TextDataModule):
     Prompt and completion are joined as in the other DataModules, so a rated answer reads like a generated one.
 
     A batch, padded on the right: `input_ids` (B, L) int64; `attention_mask` (B, L) int64; `ratings` (B, N) float32,
-    filled up with 0; `ratings_mask` (B, N) bool, True at ratings that were given.
+    filled up with 0; `ratings_mask` (B, N) bool, True at ratings that were given; with a column of sources `source`, B
+    strings.
 
     Args:
         data: Training data: a hub id, a .jsonl, .json, .csv or .parquet file, a folder of those, `vader:NAME` or a
@@ -44,6 +45,8 @@ class RatingDataModule(TextDataModule):
         prompt_column: Column of prompts; None looks for prompt, input, query, question, instruction.
         completion_column: Column of completions; None looks for completion, output, response, answer.
         ratings_column: Column of ratings; None looks for ratings, rating.
+        source_column: Column of names that say where rows are from; agreement is reported for each. None looks for
+            source, with at most 100 different ones.
         rating_min: Least rating that is possible; a lower one in the data is an error. None does not check.
         rating_max: Greatest rating that is possible; a higher one in the data is an error. None does not check.
         append_eos: End each text with the EOS token, where a reward model reads its score.
@@ -57,6 +60,7 @@ class RatingDataModule(TextDataModule):
         prompt_column: str | None = None,
         completion_column: str | None = None,
         ratings_column: str | None = None,
+        source_column: str | None = None,
         rating_min: float | None = None,
         rating_max: float | None = None,
         append_eos: bool = True,
@@ -67,7 +71,7 @@ class RatingDataModule(TextDataModule):
             raise ValueError("give `text_column`, or `prompt_column` and `completion_column`, not both")
         if rating_min is not None and rating_max is not None and rating_min >= rating_max:
             raise ValueError(f"`rating_min`={rating_min} must be less than `rating_max`={rating_max}")
-        self.text_column, self.ratings_column = text_column, ratings_column
+        self.text_column, self.ratings_column, self.source_column = text_column, ratings_column, source_column
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.rating_min, self.rating_max = rating_min, rating_max
         self.append_eos = append_eos
@@ -85,7 +89,7 @@ class RatingDataModule(TextDataModule):
                     f"{where}: no text that the ratings belong to; its columns are {dataset.column_names}; name one "
                     "with `text_column`, or two with `prompt_column` and `completion_column`"
                 )
-        return select_roles(dataset, columns)
+        return select_roles(dataset, columns | {"source": source_column(dataset, self.source_column, where)})
 
     def check_row(self, row: dict[str, Any]) -> None:
         if "text" in row:
@@ -94,11 +98,18 @@ class RatingDataModule(TextDataModule):
             check_text(row["completion"], "completion"), str
         ):
             raise ValueError("prompt and completion must both be text or both be lists of messages")
+        as_source(row.get("source"))
         low = -float("inf") if self.rating_min is None else self.rating_min
         high = float("inf") if self.rating_max is None else self.rating_max
         for rating in as_ratings(row["ratings"]):
             if not low <= rating <= high:
                 raise ValueError(f"rating {rating} is out of range: `rating_min`={low}, `rating_max`={high}")
+
+    def identity(self, row: dict[str, Any]) -> Any:
+        return super().identity(without_source(row))
+
+    def wording(self, row: dict[str, Any]) -> str:
+        return super().wording(without_source(row))
 
     def measure(self, row: dict[str, Any]) -> Fate:
         text = row.get("text") or "".join(render(self.tokenizer, row["prompt"], row["completion"])[:2])
@@ -134,7 +145,7 @@ def encode(
 
 def collate(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, append_eos: bool
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Rows to a batch; see `RatingDataModule`."""
     ids = [encode(row, tokenizer, max_length, append_eos).ids for row in rows]
     ratings = [as_ratings(row["ratings"]) for row in rows]
@@ -143,4 +154,5 @@ def collate(
         "attention_mask": padding_mask(ids, "right").long(),
         "ratings": pad(ratings, "right", 0.0),
         "ratings_mask": padding_mask(ratings, "right"),
+        **sources_of(rows),
     }

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import kto_loss, kto_reference_point
+from ..functional import entropy, exact_kl, kto_loss, kto_reference_point
 from .checks import require
-from .completions import CompletionModule, completion_logprobs
+from .completions import CompletionModule, completion_logits, completion_logprobs, completions_of
+from .metrics import MeanDifference
 
 
 class Examples(NamedTuple):
@@ -45,7 +46,10 @@ class KTOModule(CompletionModule):
     completions each, which are paired otherwise. Give as large a `batch_size` as fits; the paper asks for 2 at least.
 
     Logged, for `train`, `val` and `test`: `kl`, z as a mean over batches; `reward_desirable` and `reward_undesirable`,
-    means of β u; `logprob_desirable` and `logprob_undesirable`, means of log π. All but z are exact over batches.
+    means of β u; `logprob_desirable` and `logprob_undesirable`, means of log π; `accuracy`, how often u is on the right
+    side of z (ties ½). For `val` and `test`, too: `margin`, the first mean reward less the second; `entropy` of the
+    policy and `kl_per_token` of policy and reference, means over the tokens of the completions. All but what has to do
+    with z is exact over batches.
 
     Args:
         model: the starting policy, usually the SFT model's folder.
@@ -71,27 +75,25 @@ class KTOModule(CompletionModule):
         require("undesirable_weight", undesirable_weight >= 0, "at least 0", undesirable_weight)
         cache = self.hparams.reference_cache
         require("reference_cache", cache is None, "None: the completions are mismatched anew in every epoch", cache)
+        self.margin = MeanDifference()
 
     def forward(self, batch: dict[str, Tensor]) -> Examples:
         """Log-probabilities and log-ratios of the examples, and how far the policy has moved."""
-        if "label" not in batch:
-            raise ValueError(
-                f"KTOModule needs batches with a `label` per completion, but this one has {sorted(batch)}: give "
-                "`--data UnpairedDataModule`, which also takes data with columns chosen and rejected."
-            )
-        texts = {name: batch[name] for name in ("input_ids", "attention_mask", "loss_mask")}
-        examples, mismatched = ({name: x.chunk(2)[half] for name, x in texts.items()} for half in (0, 1))
+        texts, examples, mismatched = halves(batch)
         logprobs = completion_logprobs(self.policy, examples).logprobs
         with torch.no_grad():  # second: autocast keeps the weights that it cast for the first
             other_logprobs = completion_logprobs(self.policy, mismatched).logprobs
         ref_logprobs, other_ref_logprobs = self.reference_logprobs(texts).chunk(2)
-        counts = mismatched["loss_mask"].any(1)  # a row that was alone has no mismatch
-        kl = kto_reference_point(other_logprobs - other_ref_logprobs, counts, self.sum_over_ranks)
+        kl = self._reference_point(other_logprobs - other_ref_logprobs, mismatched)
         return Examples(logprobs, logprobs - ref_logprobs, kl)
+
+    def _reference_point(self, log_ratio: Tensor, mismatched: dict[str, Tensor]) -> Tensor:
+        counts = mismatched["loss_mask"].any(1)  # a row that was alone has no mismatch
+        return kto_reference_point(log_ratio, counts, self.sum_over_ranks)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of the examples."""
-        losses = self._losses(batch, "train")
+        losses = self._losses(self(batch), batch, "train")
         return self.mean_loss(losses.sum(), len(losses))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -103,13 +105,31 @@ class KTOModule(CompletionModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        losses = self._losses(batch, stage)
+        found = self._with_distributions(batch, stage)
+        losses = self._losses(found, batch, stage)
         self.log_mean(f"{stage}/loss", losses, prog_bar=True, batch_size=1)
+        self.margin.update(self.hparams.beta * found.log_ratio, batch["label"])
+        self.log(f"{stage}/margin", self.margin, on_epoch=True, batch_size=1)
 
-    def _losses(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+    def _with_distributions(self, batch: dict[str, Tensor], stage: str) -> Examples:
+        """The same as `forward` in as many passes; logs entropy and KL over the whole vocabulary on the way."""
+        _, examples, mismatched = halves(batch)
+        logits = completion_logits(self.policy, examples)
+        other_logprobs = completion_logprobs(self.policy, mismatched).logprobs
+        with self.reference() as network:
+            ref_logits = completion_logits(network, examples)
+            other_ref_logprobs = completion_logprobs(network, mismatched).logprobs
+        self.log_mean(f"{stage}/entropy", entropy(logits), batch_size=1)
+        self.log_mean(f"{stage}/kl_per_token", exact_kl(logits, ref_logits), batch_size=1)
+        logprobs, ref_logprobs = (completions_of(of, examples).logprobs for of in (logits, ref_logits))
+        kl = self._reference_point(other_logprobs - other_ref_logprobs, mismatched)
+        return Examples(logprobs, logprobs - ref_logprobs, kl)
+
+    def _losses(self, found: Examples, batch: dict[str, Tensor], stage: str) -> Tensor:
         """(B,) losses; what else there is to see is logged."""
-        found, hparams = self(batch), self.hparams
-        label = batch["label"]
+        hparams, label = self.hparams, batch["label"]
+        right = torch.where(label, 1, -1) * (found.log_ratio - found.kl).sign()
+        self.log_mean(f"{stage}/accuracy", (1 + right) / 2, batch_size=1)
         self.log_mean(f"{stage}/kl", found.kl, batch_size=1)
         for kind, mask in {"desirable": label, "undesirable": ~label}.items():
             self.log_mean(f"{stage}/reward_{kind}", hparams.beta * found.log_ratio, mask, batch_size=1)
@@ -124,3 +144,18 @@ class KTOModule(CompletionModule):
         texts = [self.tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in examples]
         rewards = self.hparams.beta * found.log_ratio
         return {"completion": texts, "label": label.tolist(), "reward": rewards.tolist()}
+
+
+def halves(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The 2B texts of a batch: all of them, the B examples, and the B mismatched ones.
+
+    Raises:
+        ValueError: if the batch has no labels.
+    """
+    if "label" not in batch:
+        raise ValueError(
+            f"KTOModule needs batches with a `label` per completion, but this one has {sorted(batch)}: give "
+            "`--data UnpairedDataModule`, which also takes data with columns chosen and rejected."
+        )
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask", "loss_mask")}
+    return texts, *({name: x.chunk(2)[half] for name, x in texts.items()} for half in (0, 1))

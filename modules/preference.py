@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import exact_kl, smoothed_preference, soft_preference_loss, unbiased_preference
+from ..functional import entropy, exact_kl, smoothed_preference, soft_preference_loss, unbiased_preference
 from .checks import require
 from .completions import CompletionModule, Completions, completion_logits, completion_logprobs, completions_of
+from .metrics import SourceAgreement
 from .objectives import DPO, Likelihoods, PairObjective
 
 
@@ -25,6 +26,11 @@ class PreferenceModule(CompletionModule):
     with l as the objective says and p the share of people who prefer the chosen completion: the data's `preference`, 1
     where it says nothing. A noise rate ε changes the label and not the loss: p(1 − ε) + (1 − p)ε, or, if `robust`,
     (p − ε) / (1 − 2ε). Batches come from `PreferenceDataModule`, whose `margin` is not used here.
+
+    Logged, for `train`, `val` and `test`, as means over pairs: `reward_chosen`, `reward_rejected` (what the objective's
+    `score` says), `margin`, their difference, `accuracy`, how often it is above 0 (ties ½), `logprob_chosen` and
+    `logprob_rejected`. For `val` and `test`, as means over the tokens of all completions, `entropy` of the policy and,
+    with a reference in memory, `kl_per_token`; `accuracy/<source>` where the data name sources.
 
     Args:
         model: the starting policy, usually the SFT model's folder.
@@ -48,28 +54,38 @@ class PreferenceModule(CompletionModule):
         require("robust", label_smoothing > 0 or not robust, "False where `label_smoothing` is 0", robust)
         self.objective = DPO() if objective is None else objective
         self.uses_reference = self.objective.uses_reference
+        self.by_source = SourceAgreement()
         for name in ("reference", "reference_cache"):
             none = f"None with {type(self.objective).__name__}, which uses no reference"
             require(name, self.uses_reference or self.hparams[name] is None, none, self.hparams[name])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Summed loss over the pairs of the batch."""
         check_pairs(batch)
         policy = completion_logprobs(self.policy, batch)
         losses = self._losses(policy, self.reference_logprobs(batch), batch, "train")
         return self.mean_loss(losses.sum(), len(losses))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, rewards, and how far the policy is from the reference."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, rewards, and how far the policy is from the reference."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Accuracy by source."""
+        self.by_source.log(self, "val/accuracy")
+
+    def on_test_epoch_end(self) -> None:
+        """Accuracy by source."""
+        self.by_source.log(self, "test/accuracy")
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         check_pairs(batch)
         logits = completion_logits(self.policy, batch)
+        self.log_mean(f"{stage}/entropy", entropy(logits), batch_size=1)
         if self.reference is None:
             ref_logprobs = self.reference_logprobs(batch)
         else:
@@ -80,16 +96,14 @@ class PreferenceModule(CompletionModule):
         losses = self._losses(completions_of(logits, batch), ref_logprobs, batch, stage)
         self.log_mean(f"{stage}/loss", losses, batch_size=1, prog_bar=True)
 
-    def _losses(self, policy: Completions, ref_logprobs: Tensor, batch: dict[str, Tensor], stage: str) -> Tensor:
+    def _losses(self, policy: Completions, ref_logprobs: Tensor, batch: dict[str, Any], stage: str) -> Tensor:
         """(B,) losses of the pairs; logs what is seen of them."""
         chosen, rejected = pair(policy, ref_logprobs)
-        rewards = self.objective.score(chosen), self.objective.score(rejected)
-        margin = rewards[0] - rewards[1]
-        seen = {"reward_chosen": rewards[0], "reward_rejected": rewards[1], "margin": margin}
-        seen |= {"accuracy": (1 + margin.sign()) / 2}
-        seen |= {"logprob_chosen": chosen.logprobs, "logprob_rejected": rejected.logprobs}
+        seen = figures(self.objective, chosen, rejected)
         for name, values in seen.items():
             self.log_mean(f"{stage}/{name}", values, batch_size=1, prog_bar=name == "accuracy")
+        if "source" in batch and stage != "train":
+            self.by_source.update_pairs(batch["source"], seen["accuracy"], torch.ones_like(seen["accuracy"]))
         losses = self.objective.loss(chosen, rejected), self.objective.loss(rejected, chosen)
         return soft_preference_loss(*losses, self.labels(batch))
 
@@ -99,7 +113,7 @@ class PreferenceModule(CompletionModule):
         change = unbiased_preference if self.hparams.robust else smoothed_preference
         return change(preference, self.hparams.label_smoothing)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, list]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """The completions of the pairs and their implicit rewards."""
         check_pairs(batch)
         pairs = pair(completion_logprobs(self.policy, batch), self.reference_logprobs(batch))
@@ -119,7 +133,21 @@ def pair(policy: Completions, ref_logprobs: Tensor) -> tuple[Likelihoods, Likeli
     return chosen, rejected
 
 
-def check_pairs(batch: dict[str, Tensor]) -> None:
+def figures(objective: PairObjective, chosen: Likelihoods, rejected: Likelihoods) -> dict[str, Tensor]:
+    """What there is to see of B pairs, by name; all (B,)."""
+    rewards = objective.score(chosen), objective.score(rejected)
+    margin = rewards[0] - rewards[1]
+    return {
+        "reward_chosen": rewards[0],
+        "reward_rejected": rewards[1],
+        "margin": margin,
+        "accuracy": (1 + margin.sign()) / 2,
+        "logprob_chosen": chosen.logprobs,
+        "logprob_rejected": rejected.logprobs,
+    }
+
+
+def check_pairs(batch: dict[str, Any]) -> None:
     """ValueError for batches that are no pairs."""
     rows = len(batch["input_ids"])
     if "label" in batch or "margin" not in batch or "loss_mask" not in batch or rows != 2 * len(batch["margin"]):

@@ -89,32 +89,46 @@ class RewardModule(TextModule):
         """Normalised scores (N,) of tokenised texts."""
         return self.network(batch["input_ids"], batch["attention_mask"])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Summed loss over the pairs, lists or texts of the batch."""
         raw = self.network.raw(batch["input_ids"], batch["attention_mask"])
         judged = self.objective(raw, batch)
         self.log_mean("train/agreement", judged.pairs.agreement, judged.pairs.decided, batch_size=1)
+        self.log_mean("train/margin", judged.pairs.lead, judged.pairs.decided, batch_size=1)
+        self.log_mean("train/raw_mean", raw, batch_size=1)
+        self.log_range("train/raw", raw, batch_size=1)
         return self.mean_loss(judged.losses.sum(), judged.losses.numel())
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Agreement with people, and what the normaliser is fitted on."""
         self.reference_moments.update(self._evaluate(batch, "val"))
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Agreement with people."""
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> Tensor:
         raw = self.network.raw(batch["input_ids"], batch["attention_mask"])
         self.evaluation.log(self, stage, raw, self.objective(raw, batch), batch)
         return raw
 
     def on_validation_epoch_end(self) -> None:
-        """Fit the normaliser on the validation texts."""
+        """Fit the normaliser on the validation texts; agreement by source."""
+        self.evaluation.by_source.log(self, "val/agreement")
         mean, std = (float(x) for x in self.reference_moments.compute())
         self.reference_moments.reset()
         self.network.set_normalizer(mean, std if std > 0 else 1.0)
         self.log_dict({"val/raw_mean": mean, "val/raw_std": std}, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Agreement by source."""
+        self.evaluation.by_source.log(self, "test/agreement")
+
+    @property
+    def reliability(self) -> dict[str, Tensor]:
+        """What the last evaluation says of calibration: for `pairs`, and of ordinal models for `levels`, a table of
+        count, mean probability and mean label per bin of probabilities; see `CalibrationError`."""
+        return self.evaluation.reliability
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list]:
         """Texts and their scores."""

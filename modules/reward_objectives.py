@@ -38,6 +38,8 @@ class Comparisons(NamedTuple):
     """By how much i should win."""
     gap: Tensor
     """By how much people put i above j: a margin, or a difference of ranks."""
+    row: Tensor
+    """Number of the pair's row in the batch: of the pair, of its list, or of text i."""
 
     @property
     def decided(self) -> Tensor:
@@ -47,7 +49,12 @@ class Comparisons(NamedTuple):
     @property
     def agreement(self) -> Tensor:
         """1 where the scores prefer the text that most people prefer, 1/2 at equal scores, else 0."""
-        return (1 + self.difference.sign() * (self.preference - 0.5).sign()) / 2
+        return (1 + self.lead.sign()) / 2
+
+    @property
+    def lead(self) -> Tensor:
+        """By how much the score of the text that most people prefer is higher; 0 where they do not prefer one."""
+        return self.difference * (self.preference - 0.5).sign()
 
 
 class Levels(NamedTuple):
@@ -195,15 +202,17 @@ def compare(raw: Tensor, batch: dict[str, Tensor]) -> Comparisons:
     if "ratings" in batch:
         i, j = torch.triu_indices(len(raw), len(raw), offset=1, device=raw.device)
         preference = preference_matrix(batch["ratings"], batch["ratings_mask"])[i, j]
-        return Comparisons(raw[i] - raw[j], preference, *[torch.zeros_like(preference)] * 2)
+        return Comparisons(raw[i] - raw[j], preference, *[torch.zeros_like(preference)] * 2, i)
     if "rank" in batch:
         group, rank = batch["group"], batch["rank"]
         i, j = ((group[:, None] == group) & (rank[:, None] < rank)).nonzero(as_tuple=True)
         difference = raw[i] - raw[j]
-        return Comparisons(difference, torch.ones_like(difference), torch.zeros_like(difference), rank[j] - rank[i])
+        ones = torch.ones_like(difference)
+        return Comparisons(difference, ones, torch.zeros_like(difference), rank[j] - rank[i], group[i])
     chosen, rejected = raw.chunk(2)
     preference = batch.get("preference", torch.ones_like(chosen))
-    return Comparisons(chosen - rejected, preference, batch["margin"], batch["margin"])
+    row = torch.arange(len(chosen), device=chosen.device)
+    return Comparisons(chosen - rejected, preference, batch["margin"], batch["margin"], row)
 
 
 def lists(group: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """KTO: the loss and its reference point in slow loops, gradients, weights, logs, resuming, LoRA, export."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_llama
@@ -95,6 +97,19 @@ def test_z_is_cut_off_for_one_of_two_models_and_not_for_the_other(policy, other)
     assert slow(second, first, ROWS)[2] > 0.1
 
 
+def slow_distributions(network, reference):
+    """Entropy, and KL to the reference, of every token of the completions, over the whole vocabulary."""
+    entropies, kls = [], []
+    for prompt, answer, _ in ROWS:
+        with torch.no_grad():
+            ids = torch.tensor([prompt + answer])
+            p, q = (n(ids).logits[0].double().log_softmax(-1) for n in (network, reference))
+        for t in range(len(prompt) - 1, len(prompt) + len(answer) - 1):
+            entropies.append(-sum(math.exp(x) * x for x in p[t].tolist()))
+            kls.append(sum(math.exp(x) * (x - y) for x, y in zip(p[t].tolist(), q[t].tolist(), strict=True)))
+    return {"entropy": sum(entropies) / len(entropies), "kl_per_token": sum(kls) / len(kls)}
+
+
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("stage", ["val", "test"])
@@ -105,7 +120,9 @@ def test_metrics_agree_with_the_equations(kto, make_trainer, policy, other, swap
     module = kto(model, reference=reference, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     loader, trainer = DataLoader([batch(ROWS, extra, garbage=6)], batch_size=None), make_trainer()
     found = (trainer.validate if stage == "val" else trainer.test)(module, loader, verbose=False)[0]
-    good, logprobs = kinds(ROWS), torch.stack([logprob(network, p, a) for p, a, _ in ROWS])
+    good, rewards = kinds(ROWS), 0.3 * u
+    right = [1.0 if (x > z) == row[2] else 0.0 for x, row in zip(u.tolist(), ROWS, strict=True)]
+    logprobs = torch.stack([logprob(network, p, a) for p, a, _ in ROWS])
     expected = {
         "loss": losses.mean(),
         "kl": z,
@@ -113,6 +130,9 @@ def test_metrics_agree_with_the_equations(kto, make_trainer, policy, other, swap
         "reward_undesirable": 0.3 * u[~good].mean(),
         "logprob_desirable": logprobs[good].mean(),
         "logprob_undesirable": logprobs[~good].mean(),
+        "accuracy": sum(right) / 4,
+        "margin": rewards[good].mean() - rewards[~good].mean(),
+        **slow_distributions(network, network_of(reference)),
     }
     assert found == {f"{stage}/{k}": pytest.approx(float(v), rel=1e-4, abs=1e-6) for k, v in expected.items()}
 
@@ -126,6 +146,12 @@ def test_metrics_are_means_over_all_rows_and_z_over_batches(kto, make_trainer, p
     assert found["val/reward_desirable"] == pytest.approx(0.1 * torch.cat(u)[good].mean().item(), rel=1e-4)
     assert found["val/reward_undesirable"] == pytest.approx(0.1 * torch.cat(u)[~good].mean().item(), rel=1e-4)
     assert found["val/kl"] == pytest.approx(sum(z) / 2, rel=1e-4)
+    rewards = 0.1 * torch.cat(u)
+    expected = rewards[good].mean() - rewards[~good].mean()
+    assert found["val/margin"] == pytest.approx(expected.item(), rel=1e-4)
+    triples = zip(u, z, parts, strict=True)
+    right = [float((x > of) == row[2]) for us, of, rows in triples for x, row in zip(us, rows, strict=True)]
+    assert found["val/accuracy"] == pytest.approx(sum(right) / 5)
 
 
 def test_mismatches_without_targets_do_not_count(kto, make_trainer, policy, other):
@@ -210,12 +236,16 @@ def test_good_completions_become_likelier_and_bad_ones_less_likely(kto, fit, mak
     before = evaluated(make_trainer, kto(), batch(ROWS))
     assert before["val/loss"] == 0.5  # u = z = 0 where the policy is the reference
     assert before["val/kl"] == before["val/reward_desirable"] == before["val/reward_undesirable"] == 0
+    assert before["val/accuracy"] == 0.5
+    assert before["val/margin"] == 0
     module = fit(kto(beta=0.5, **options), [batch(ROWS)] * 40)
     trained = dict(module.trainer.callback_metrics)
     assert {"train/loss", "train/kl", "train/logprob_desirable", "train/logprob_undesirable"} <= trained.keys()
     assert trained["train/reward_desirable"] > 0 > trained["train/reward_undesirable"]
     after = evaluated(make_trainer, module, batch(ROWS))
     assert after["val/loss"] < 0.3
+    assert trained["train/accuracy"] > 0.5
+    assert after["val/accuracy"] == 1
     assert after["val/reward_desirable"] > 0.3
     assert after["val/reward_undesirable"] < -0.3
     assert after["val/logprob_desirable"] > before["val/logprob_desirable"] + 0.5

@@ -5,13 +5,18 @@ import math
 import pytest
 import torch
 
+from lightning_rlhf.modules import metrics
 from lightning_rlhf.modules.metrics import (
     CalibrationError,
-    Mean,
+    MeanDifference,
     Moments,
     PairAgreement,
     PairCalibrationError,
+    PairMargin,
     Perplexity,
+    SourceAgreement,
+    label,
+    over_pairs,
 )
 
 
@@ -26,16 +31,6 @@ def test_perplexity_is_exp_of_the_mean_over_tokens():
     metric.update(torch.tensor([1.0, 3.0, 5.0]))
     metric.update(torch.tensor([0.0]))
     assert metric.compute().item() == pytest.approx(math.exp(9 / 4))
-
-
-def test_mean_is_over_items_not_over_batches():
-    metric = Mean()
-    metric.update(torch.tensor(1.0), torch.tensor(1))
-    metric.update(torch.tensor(11.0), torch.tensor(3))
-    metric.update(torch.tensor(0.0), torch.tensor(0))
-    assert metric.compute() == 3.0
-    metric.update(torch.tensor(torch.nan), torch.tensor(1))
-    assert metric.compute().isnan()
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -132,3 +127,96 @@ def test_metrics_do_not_follow_gradients():
     agreement.update(x, torch.arange(3.0))
     calibration.update(x / 2, torch.ones(3))
     assert not any(m.requires_grad for m in (moments.sums, agreement.scores[0], calibration.sums))
+
+
+# --- pairs of texts ------------------------------------------------------------------------------------------------
+
+
+def test_sums_over_pairs_by_hand(monkeypatch):
+    scores, ratings = torch.tensor([1.0, 3.0, 0.5, 3.0]), torch.tensor([2.0, 2.0, 1.0, 5.0])
+    # Rated higher: 3 above 0, 1, 2 (by 2, 0, 2.5) and 0 and 1 above 2 (by 0.5, 2.5).
+    assert over_pairs(scores, ratings).tolist() == [4.5, 7.5, 5.0]
+    assert over_pairs(scores, ratings, min_gap=1.0).tolist() == [2.5, 4.5, 3.0]
+    assert over_pairs(scores, torch.zeros(4)).tolist() == [0.0, 0.0, 0.0]
+    monkeypatch.setattr(metrics, "ROWS", 3)  # two parts of unequal size
+    assert over_pairs(scores, ratings).tolist() == [4.5, 7.5, 5.0]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("gap", [0.0, 2.0])
+def test_the_margin_of_pairs_is_a_mean_difference(gap, parts):
+    generator = torch.Generator().manual_seed(3)
+    scores, ratings = (torch.randn(20, generator=generator), torch.randint(5, (20,), generator=generator).float())
+    differences = [
+        (scores[i] - scores[j]).item() for i in range(20) for j in range(20) if ratings[i] - ratings[j] > gap
+    ]
+    found = fed(PairMargin(gap), scores, ratings, parts=parts).item()
+    assert found == pytest.approx(sum(differences) / len(differences), rel=1e-5)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def fed_pairs(pairs, most=20, parts=1):
+    """Of (source, agreement, counts)."""
+    metric = SourceAgreement(most)
+    for part in range(parts):
+        sources, agreement, counts = zip(*pairs[part::parts], strict=True)
+        metric.update_pairs(list(sources), torch.tensor(agreement), torch.tensor(counts))
+    return metric
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_agreement_is_reported_by_source(parts):
+    pairs = [("hh", 1.0, True), ("hh", 0.5, True), ("web", 0.0, True), ("hh", 0.0, True), ("web", 1.0, False)]
+    pairs += [("undecided", 1.0, False)]
+    assert fed_pairs(pairs, parts=parts).compute() == {"hh": 0.5, "web": 0.0}
+
+
+def test_texts_are_compared_within_their_source():
+    metric = SourceAgreement()
+    metric.update_texts(["a", "b", "a"], torch.tensor([1.0, 9.0, 2.0]), torch.tensor([1.0, 0.0, 2.0]))
+    metric.update_texts(["b", "a"], torch.tensor([5.0, 3.0]), torch.tensor([1.0, 0.0]))
+    # a: (1, 1), (2, 2), (3, 0): one of three pairs is right, over two batches. b: (9, 0), (5, 1): none.
+    assert metric.compute() == {"a": pytest.approx(1 / 3), "b": 0.0}
+    metric.reset()
+    metric.update_texts(["a", "b"], torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert metric.compute() == {}  # no two of one source
+
+
+def test_small_sources_and_rows_without_one_are_others_together():
+    pairs = [("big", 1.0, True)] * 3 + [("b", 1.0, True)] * 2 + [("a", 0.0, True)] * 2
+    pairs += [("tiny", 1.0, True), ("", 0.0, True), ("other", 0.0, True)]
+    assert fed_pairs(pairs).compute() == {"a": 0.0, "b": 1.0, "big": 1.0, "other": 0.0, "tiny": 1.0}
+    # Of a and b, as large, the first by name stays; the rest: b twice right, tiny right, two wrong.
+    assert fed_pairs(pairs, most=2).compute() == {"a": 0.0, "big": 1.0, "other": pytest.approx(3 / 5)}
+    texts = SourceAgreement(most=1)
+    columns = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 5.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 9.0, 7.0, 1.0, 2.0])
+    texts.update_texts(["x", "x", "x", "y", "y", "z", "z"], *columns)
+    assert texts.compute() == {"x": 1.0, "other": 0.0}  # never y against z, which would be right
+
+
+def test_sources_become_parts_of_names():
+    assert label("Anthropic/hh-rlhf") == "Anthropic_hh-rlhf"
+    assert label(" a  b\n") == "a_b"
+    assert label("zürich v1.2") == "zürich_v1.2"
+    assert label("x" * 100) == "x" * 60
+    assert label("") == label(" / ") == "other"
+    pairs = [("a/b", 1.0, True), ("a b", 0.0, True)]
+    assert fed_pairs(pairs).compute() == {"a_b": 0.5}
+
+
+def test_sources_of_all_ranks_are_counted_together(monkeypatch):
+    mine = fed_pairs([("a", 1.0, True)] * 2 + [("b", 1.0, True)])
+    other = fed_pairs([("a", 0.0, True), ("c", 0.5, True)])
+    other.update_texts(["t", "d"], torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    mine.update_texts(["d"], torch.tensor([3.0]), torch.tensor([1.0]))
+    monkeypatch.setattr(metrics, "of_all_ranks", lambda state: [state, (other._pairs, other._texts)])
+    assert mine.compute() == {"a": pytest.approx(2 / 3), "b": 1.0, "c": 0.5, "d": 0.0}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_mean_difference_is_of_two_means(parts):
+    values, first = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([True, False, True, True])
+    assert fed(MeanDifference(), values, first, parts=parts).item() == 2.0  # 12 / 3 − 2
+    assert fed(MeanDifference(), values, torch.ones(4, dtype=torch.bool)).isnan()

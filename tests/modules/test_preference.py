@@ -243,7 +243,7 @@ def loader(batches):
 def slow_figures(policy, other):
     """What evaluation logs for DPO with β = 0.3, in loops."""
     networks = [AutoModelForCausalLM.from_pretrained(folder) for folder in (policy, other)]
-    rewards, logprobs, kls = [], [], []
+    rewards, logprobs, kls, entropies = [], [], [], []
     with torch.no_grad():
         for answers in (CHOSEN, REJECTED):
             both = [[float(slow_logprob(n, p, a)) for p, a in zip(PROMPTS, answers, strict=True)] for n in networks]
@@ -256,6 +256,7 @@ def slow_figures(policy, other):
                     sum(float(logps[0][t, v].exp() * (logps[0][t, v] - logps[1][t, v])) for v in range(8))
                     for t in where
                 ]
+                entropies += [-sum(float(logps[0][t, v].exp() * logps[0][t, v]) for v in range(8)) for t in where]
     margins = [a - b for a, b in zip(*rewards, strict=True)]
     return {
         "loss": sum(math.log1p(math.exp(-m)) for m in margins) / 3,
@@ -266,10 +267,11 @@ def slow_figures(policy, other):
         "logprob_chosen": sum(logprobs[0]) / 3,
         "logprob_rejected": sum(logprobs[1]) / 3,
         "kl_per_token": sum(kls) / len(kls),
+        "entropy": sum(entropies) / len(entropies),
     }
 
 
-def test_evaluation_reports_means_over_pairs_and_the_exact_kl(preference, make_trainer, policy, other):
+def test_evaluation_reports_means_over_pairs_the_exact_kl_and_the_entropy(preference, make_trainer, policy, other):
     expected = slow_figures(policy, other)
     assert expected["kl_per_token"] > 0.1
     batches = [pairs(slice(0, 1), extra=2, garbage=3), pairs(slice(1, 3))]
@@ -280,14 +282,35 @@ def test_evaluation_reports_means_over_pairs_and_the_exact_kl(preference, make_t
         assert metrics == {f"{stage}/{name}": pytest.approx(value, rel=1e-4) for name, value in expected.items()}
 
 
-def test_training_reports_the_same_without_the_kl(preference, fit, policy, other):
+def test_training_reports_the_same_of_the_pairs(preference, fit, policy, other):
     expected = slow_figures(policy, other)
     module = fit(preference(objective=DPO(0.3), reference=other, learning_rate=0.0), [pairs()])
     metrics = module.trainer.callback_metrics
     for name, value in expected.items():
-        if name != "kl_per_token":
+        if name in ("kl_per_token", "entropy"):  # they take a pass over all logits
+            assert f"train/{name}" not in metrics
+        else:
             assert metrics[f"train/{name}"].item() == pytest.approx(value, rel=1e-4), name
-    assert "train/kl_per_token" not in metrics
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_accuracy_by_source(preference, make_trainer, policy, other, stage):
+    networks = [AutoModelForCausalLM.from_pretrained(folder) for folder in (policy, other)]
+    right = []
+    with torch.no_grad():
+        for prompt, *answers in zip(PROMPTS, CHOSEN, REJECTED, strict=True):
+            u = [slow_logprob(networks[0], prompt, a) - slow_logprob(networks[1], prompt, a) for a in answers]
+            right.append(float(u[0] > u[1]))
+    assert len(set(right)) == 2
+    alone = right.index(1 - sorted(right)[1])  # the one that is not as the other two
+    sources = ["two"] * 3
+    sources[alone] = "one/"
+    batches = [pairs(part) | {"source": sources[part]} for part in (slice(0, 1), slice(1, 3))]
+    trainer = make_trainer()
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    metrics = evaluate(preference(objective=DPO(0.3), reference=other), loader(batches), verbose=False)[0]
+    found = {name: value for name, value in metrics.items() if "accuracy/" in name}
+    assert found == {f"{stage}/accuracy/one": right[alone], f"{stage}/accuracy/two": 1 - right[alone]}
 
 
 def test_a_tie_is_half_right(preference, fit):

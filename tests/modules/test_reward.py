@@ -91,7 +91,7 @@ def test_scores_are_read_at_the_last_real_token_and_padding_does_not_matter(scor
 
 def test_loss_of_pairs_with_margins(scored):
     module, raw = scored
-    module.log = module.log_mean = lambda *_, **__: None
+    module.log = module.log_mean = module.log_range = lambda *_, **__: None
     differences = [raw(c) - raw(r) for c, r in zip(CHOSEN, REJECTED, strict=True)]
     expected = -sum(log_sigmoid(d - m) for d, m in zip(differences, MARGINS, strict=True))
     assert module.training_step(pairs(), 0).item() == pytest.approx(expected, rel=1e-5)
@@ -107,7 +107,7 @@ def test_loss_of_ratings_by_hand():
         "ratings": torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 0.0]]),
         "ratings_mask": torch.tensor([[True, True], [True, False], [True, False]]),
     }
-    difference, preference, margin, _ = compare(raw, batch)
+    difference, preference, margin, *_ = compare(raw, batch)
     assert difference.tolist() == [-1, -3, -2]
     assert preference.tolist() == [0.5, 0, 0]
     assert margin.tolist() == [0, 0, 0]
@@ -115,7 +115,7 @@ def test_loss_of_ratings_by_hand():
 
 def test_loss_of_ratings_is_over_all_pairs_of_texts(scored):
     module, raw = scored
-    module.log = module.log_mean = lambda *_, **__: None
+    module.log = module.log_mean = module.log_range = lambda *_, **__: None
     scores, expected = [raw(ids) for ids in TEXTS], 0.0
     for i in range(5):
         for j in range(i + 1, 5):
@@ -233,6 +233,31 @@ def test_training_logs_agreement_and_loss(scored, fit):
     right = [raw(c) > raw(r) for c, r in zip(CHOSEN, REJECTED, strict=True)]
     assert module.trainer.callback_metrics["train/agreement"] == pytest.approx(sum(right) / 3)
     assert "train/loss" in module.trainer.callback_metrics
+
+
+def test_training_reports_margin_and_raw_scores_over_unequal_batches(scored, fit):
+    module, raw = scored
+    module.hparams.learning_rate = 0.0
+    differences = [raw(c) - raw(r) for c, r in zip(CHOSEN, REJECTED, strict=True)]
+    scores = [raw(ids) for ids in CHOSEN + REJECTED]
+    fit(module, [pairs(slice(0, 2)), pairs(slice(2, 3))])
+    metrics = module.trainer.callback_metrics
+    assert metrics["train/margin"].item() == pytest.approx(sum(differences) / 3, rel=1e-4)
+    assert metrics["train/raw_mean"].item() == pytest.approx(sum(scores) / 6, rel=1e-4)
+    assert metrics["train/raw_min"].item() == pytest.approx(min(scores), rel=1e-4)
+    assert metrics["train/raw_max"].item() == pytest.approx(max(scores), rel=1e-4)
+
+
+def test_sources_change_no_weight(reward, fit, make_trainer):
+    ends = []
+    for columns in ({}, {"source": ["a", "b", "a"]}):
+        torch.manual_seed(0)
+        module = reward()
+        batch = pairs() | columns
+        make_trainer(max_epochs=2).fit(module, loader([batch] * 2), loader([batch]))
+        assert ("val/agreement/a" in module.trainer.callback_metrics) == bool(columns)
+        ends.append({name: p.clone() for name, p in module.named_parameters()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 # --- the normaliser -----------------------------------------------------------------------------------------------

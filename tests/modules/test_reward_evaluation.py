@@ -128,7 +128,9 @@ def test_figures_of_rankings(reward_folder, make_trainer, stage):
         spearman([s[i] for i in texts], [*map(length, texts)]), abs=0.02
     )
     known = {"loss", "calibration_error", "length_correlation", "agreement_length_baseline"}
-    known |= {"agreement", "agreement_gap_1", "agreement_gap_2"}
+    known |= {"agreement", "agreement_gap_1", "agreement_gap_2", "margin", "raw_min", "raw_max"}
+    assert found["margin"] == pytest.approx(average(s[i] - s[j] for i, j, _ in ORDERED), rel=1e-4)
+    assert [found["raw_min"], found["raw_max"]] == pytest.approx([min(s), max(s)], rel=1e-5)
     assert found.keys() == known | ({"raw_mean", "raw_std"} if stage == "val" else set())
 
 
@@ -153,6 +155,7 @@ def test_figures_of_soft_pairs(reward_folder, make_trainer):
     assert found["agreement_length_baseline"] == pytest.approx(
         average(wins(length(i), length(j)) for i, j, _ in decided)
     )
+    assert found["margin"] == pytest.approx(average(s[i] - s[j] for i, j, _ in decided), rel=1e-4)
     predictions = [(sigma(s[i] - s[j]), p) for i, j, _, p in PAIRS]
     assert found["calibration_error"] == pytest.approx(calibration(both_orders(predictions)), rel=1e-5)
     texts = [i for pair in PAIRS for i in pair[:2]]
@@ -179,6 +182,7 @@ def test_figures_of_ratings_are_the_same_for_every_objective(reward_folder, make
     assert found["agreement"] == pytest.approx(average(wins(s[i], s[j]) for i, j in better))
     assert found["agreement_length_baseline"] == pytest.approx(average(wins(length(i), length(j)) for i, j in better))
     assert found["length_correlation"] == pytest.approx(spearman(s, [*map(length, range(9))]), rel=1e-4)
+    assert found["margin"] == pytest.approx(average(s[i] - s[j] for i, j in better), rel=1e-4)
     assert found["spearman"] == pytest.approx(spearman(s, means), rel=1e-4)
     assert found["pearson"] == pytest.approx(torch.corrcoef(torch.tensor([s, means]))[0, 1].item(), rel=1e-3)
     compared = [(0, 1), *((i, j) for i in range(2, 9) for j in range(i + 1, 9))]
@@ -211,15 +215,17 @@ def test_calibration_of_levels(reward_folder, make_trainer):
         for k, p in enumerate(levels_of(score))
     ]
     assert found["level_calibration_error"] == pytest.approx(calibration(predictions), rel=1e-5)
-    assert_reliability(module.evaluation.level_calibration.reliability, predictions)
+    assert module.reliability.keys() == {"pairs", "levels"}
+    assert_reliability(module.reliability["levels"], predictions)
 
 
 def test_reliability_is_there_after_an_evaluation(reward_folder, make_trainer):
     module = RewardModule(reward_folder)
     _, s = evaluated(module, make_trainer, ranked)
     predictions = both_orders([(sigma(s[i] - s[j]), 1.0) for i, j, _ in ORDERED])
-    assert_reliability(module.evaluation.calibration.reliability, predictions)
-    assert module.evaluation.level_calibration.reliability is None
+    assert module.reliability.keys() == {"pairs"}
+    assert_reliability(module.reliability["pairs"], predictions)
+    assert RewardModule(reward_folder).reliability == {}
 
 
 def assert_reliability(found, predictions):
@@ -238,3 +244,70 @@ def test_a_model_that_only_counts_tokens_is_seen_through(reward_folder, make_tra
     metrics = make_trainer().validate(module, DataLoader(BATCHES[ranked], batch_size=None), verbose=False)[0]
     assert metrics["val/length_correlation"] == pytest.approx(1)
     assert metrics["val/agreement"] == metrics["val/agreement_length_baseline"]
+
+
+# --- by source -------------------------------------------------------------------------------------------------------
+
+TEXT_SOURCES = ["web", "web", "a/b", "web", "a/b", "a/b", "", "web", "a/b"]
+LIST_SOURCES = ["web", "a/b", "web"]
+PAIR_SOURCES = ["a/b", "web", "a/b", "web"]
+NAMES = {"web": "web", "a/b": "a_b"}
+
+
+def with_sources(kind, sources):
+    rows = slice(0, 2), slice(2, None)
+    return [kind(which) | {"source": sources[which]} for which in rows]
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+@pytest.mark.parametrize("kind", [rated, ranked, pairs])
+def test_agreement_by_source(reward_folder, make_trainer, monkeypatch, kind, stage):
+    sources = {rated: TEXT_SOURCES, ranked: LIST_SOURCES, pairs: PAIR_SOURCES}[kind]
+    monkeypatch.setitem(BATCHES, kind, with_sources(kind, sources))
+    module = RewardModule(reward_folder)
+    found, s = evaluated(module, make_trainer, kind, stage)
+    means = [average(r) for r in RATINGS]
+    all_pairs = {
+        rated: [
+            (i, j, TEXT_SOURCES[i])
+            for i in range(9)
+            for j in range(9)
+            if means[i] > means[j] and TEXT_SOURCES[i] == TEXT_SOURCES[j]  # over batches, too
+        ],
+        ranked: [
+            (one[a], one[b], source)
+            for one, ranks, source in zip(LISTS, RANKS, LIST_SOURCES, strict=True)
+            for a in range(len(one))
+            for b in range(len(one))
+            if ranks[a] < ranks[b]
+        ],
+        pairs: [
+            (*((i, j) if p > 0.5 else (j, i)), source)
+            for (i, j, _, p), source in zip(PAIRS, PAIR_SOURCES, strict=True)
+            if p != 0.5
+        ],
+    }[kind]
+    for source, name in NAMES.items():
+        expected = average(wins(s[i], s[j]) for i, j, of in all_pairs if of == source)
+        assert found[f"agreement/{name}"] == pytest.approx(expected), source
+    assert sum(name.startswith("agreement/") for name in found) == 2  # the only text without a source has no pair
+    again, _ = evaluated(module, make_trainer, kind, stage)  # begins anew
+    assert again == pytest.approx(found)
+
+
+def test_two_sources_of_which_one_is_as_the_scores_are_and_one_the_reverse(reward_folder, make_trainer, monkeypatch):
+    """The score is the number of tokens; of `long` the longer text is chosen, of `short` the shorter one."""
+    module = RewardModule(reward_folder)
+    module.configure_model()
+    monkeypatch.setattr(module.network, "raw", lambda input_ids, attention_mask: attention_mask.sum(1).float())
+    chosen, rejected = [[1, 1, 1], [1], [2, 2], [3, 3, 3, 3]], [[1], [1, 1], [2, 2, 2, 2], [3]]
+    sources = ["long", "short", "short", "long"]
+    parts = [slice(0, 3), slice(3, 4)]
+    batches = [
+        padded(chosen[part] + rejected[part]) | {"margin": torch.zeros(len(chosen[part])), "source": sources[part]}
+        for part in parts
+    ]
+    metrics = make_trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]
+    assert metrics["val/agreement"] == 0.5
+    assert (metrics["val/agreement/long"], metrics["val/agreement/short"]) == (1.0, 0.0)
+    assert metrics["val/margin"] == pytest.approx((2 - 1 - 2 + 3) / 4)

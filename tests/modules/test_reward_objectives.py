@@ -132,17 +132,20 @@ def test_pairs_of_a_batch():
     raw = torch.tensor([1.0, 4.0, 2.0, 0.0, 5.0])
     batch = {"margin": torch.tensor([0.5, 2.0])}
     given = compare(raw[:4], batch)
-    assert [field.tolist() for field in given] == [[-1, 4], [1, 1], [0.5, 2], [0.5, 2]]
+    assert [field.tolist() for field in given] == [[-1, 4], [1, 1], [0.5, 2], [0.5, 2], [0, 1]]
     assert compare(raw[:4], batch | {"preference": torch.tensor([0.75, 0.5])}).preference.tolist() == [0.75, 0.5]
     ranking = {"group": torch.tensor([0, 0, 0, 1, 1]), "rank": torch.tensor([2.0, 1.0, 2.0, 4.0, 1.0])}
     found = compare(raw, ranking)
-    assert [field.tolist() for field in found] == [[3, 2, 5], [1, 1, 1], [0, 0, 0], [1, 1, 3]]
+    assert [field.tolist() for field in found] == [[3, 2, 5], [1, 1, 1], [0, 0, 0], [1, 1, 3], [0, 0, 1]]
+    rated = {"ratings": torch.tensor([[1.0], [2.0], [2.0]]), "ratings_mask": torch.ones(3, 1, dtype=torch.bool)}
+    assert compare(raw[:3], rated).row.tolist() == [0, 0, 1]
 
 
 def test_agreement_of_pairs():
     batch = {"margin": torch.zeros(4), "preference": torch.tensor([0.9, 0.2, 0.5, 1.0])}
     pairs = compare(torch.tensor([3.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]), batch)
     assert pairs.agreement.tolist() == [1, 0, 0.5, 0.5]
+    assert pairs.lead.tolist() == [2, -2, 0, 0]
     assert pairs.decided.tolist() == [True, True, False, True]
 
 
