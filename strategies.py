@@ -113,7 +113,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         with torch.no_grad():
             for name, value in checkpoint["state_dict"].items():
                 if name in named:
-                    _local(named[name]).copy_(_local(_placed_like(value, named[name])))
+                    local(named[name]).copy_(local(placed_like(value, named[name])))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give the optimizers their states, each tensor placed as its parameter is."""
@@ -121,14 +121,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in state["param_groups"] for number in group["params"]]
             placed = {
-                number: {key: _placed_like(value, parameter) for key, value in state["state"][number].items()}
+                number: {key: placed_like(value, parameter) for key, value in state["state"][number].items()}
                 for number, parameter in zip(numbers, parameters, strict=True)
                 if number in state["state"]
             }
             optimizer.load_state_dict({"state": placed, "param_groups": state["param_groups"]})
 
 
-def _placed_like(value: Any, parameter: Tensor) -> Any:
+def placed_like(value: Any, parameter: Tensor) -> Any:
     """A state's tensor sharded as its parameter is; numbers, and tensors of another shape, as they are."""
     if isinstance(value, DTensor) or not isinstance(parameter, DTensor):
         return value
@@ -139,7 +139,8 @@ def _placed_like(value: Any, parameter: Tensor) -> Any:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
