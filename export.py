@@ -2,11 +2,13 @@
 
     python train.py export --ckpt_path runs/x/checkpoints/last.ckpt --folder model
     python train.py export --ckpt_path runs/x/checkpoints/last.ckpt --folder adapter --lora adapter
+    python train.py export --ckpt_path runs/x/checkpoints/last.ckpt --folder model --push_to_hub owner/name
 
 Only the network that is exported is built: no value model, no reward, no data.
 """
 
 import inspect
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +22,15 @@ from transformers import PreTrainedModel
 
 from . import modules
 from .checkpointing import TENSORS, beside, load_folder
+from .hub import check_push, push
+from .model_card import CARD, MARK, CardFacts, write_card
 from .modules import TextModule
 from .modules.backbone import Scorer
 from .modules.checks import require
 from .modules.exporting import ADAPTER, WHOLE, remove
 from .pretrained import resolve
 
+RUN = "run.json"  # what the Provenance callback leaves in a run's folder
 TOKENIZER = (
     "tokenizer*",
     "chat_template.jinja",
@@ -43,8 +48,11 @@ def export(
     model: str | None = None,
     tokenizer: str | None = None,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    license: str | None = None,
 ) -> None:
-    """Write a checkpoint's model as a Hugging Face folder: weights, config and tokenizer.
+    """Write a checkpoint's model as a Hugging Face folder: weights, config, tokenizer and model card.
 
     A reward model's normaliser goes along. The folder is written whole or not at all.
 
@@ -55,8 +63,13 @@ def export(
         model: where the base model is, if it is no longer where it was in the training, or was given as an object.
         tokenizer: the same for the tokenizer; null is the checkpoint's, or else that of the model.
         overwrite: replace a model that is in the folder; other files in it stay.
+        push_to_hub: upload the folder to this repository on the Hugging Face hub, `owner/name`.
+        private: of a new repository on the hub.
+        license: the licence that the model card states, such as `apache-2.0`; null takes that of the base model's card.
     """
     require("lora", lora in ("merged", "adapter"), "`merged` or `adapter`", lora)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     target, given = Path(folder).absolute(), {"model": model, "tokenizer": tokenizer}
     check_target(target, overwrite)
     checkpoint = read_checkpoint(Path(ckpt_path))
@@ -74,9 +87,32 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         module.save_pretrained(partial, merge=lora == "merged")
+        facts = card_facts(Path(ckpt_path), checkpoint, hyperparameters)
+        name = (push_to_hub or target.name).rpartition("/")[2]
+        write_card(partial, facts._replace(name=name, adapter=lora == "adapter", license=license, repo=push_to_hub))
         put_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if push_to_hub is not None:
+        push(folder, push_to_hub, private)
+
+
+def card_facts(path: Path, checkpoint: dict[str, Any], hyperparameters: dict[str, Any]) -> CardFacts:
+    """What the model card can say: from the checkpoint, and from the run's folder if it still lies there."""
+    roots = [parent for parent in list(path.resolve().parents)[:2] if (parent / RUN).is_file()]
+    run = json.loads((roots[0] / RUN).read_text(encoding="utf-8")) if roots else {}
+    config = roots[0] / "config.yaml" if roots else None
+    measured = checkpoint.get("measured", {})
+    return CardFacts(
+        name=path.name,
+        module=checkpoint["module_class"],
+        settings=hyperparameters,
+        run=run,
+        metrics=measured.get("metrics", {}),
+        before=measured.get("before", {}),
+        which=f"It is the model at optimizer step {checkpoint['global_step']}.",
+        config=config.read_text(encoding="utf-8") if config is not None and config.is_file() else "",
+    )
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -96,6 +132,9 @@ def put_into_place(new: Path, folder: Path) -> None:
         new.rename(folder)
         return
     remove(folder, WHOLE + ADAPTER + TOKENIZER)
+    card = folder / CARD
+    if card.exists() and MARK not in card.read_text(encoding="utf-8"):
+        (new / CARD).unlink()  # somebody's own
     for file in new.iterdir():
         file.replace(folder / file.name)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from processes import ranks, run_together
 from safetensors import safe_open
@@ -499,6 +500,79 @@ def test_a_model_is_replaced_only_if_told_to(trained, tmp_path):
     assert not (folder / "adapter_config.json").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+# --- the model card and the hub ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What was pushed."""
+    pushed = []
+    monkeypatch.setattr("lightning_rlhf.export.check_push", lambda repo: None)
+    monkeypatch.setattr("lightning_rlhf.export.push", lambda *given: pushed.append(given))
+    return pushed
+
+
+def test_the_card_tells_what_the_checkpoint_and_its_run_know(trained, tmp_path):
+    done = trained("ppo", "lora")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    measured = {"metrics": {"val/reward": 2.5}, "before": {"val/reward": 1.0}}
+    path = changed(done.checkpoint, run / "checkpoints/last.ckpt", measured=measured)
+    (run / "run.json").write_text(json.dumps({"command": "python train.py fit", "seed": 5, "data": None}))
+    (run / "config.yaml").write_text("a: 1\n")
+    export(path, str(tmp_path / "model"), lora="adapter", license="mit")
+    text = (tmp_path / "model/README.md").read_text()
+    for said in (
+        "# model\n\nA language model trained by PPO from `lm`",
+        "at optimizer step 4.",
+        "| val/reward | 1 | 2.5 |",
+        "| lora_r | 2 |",
+        "| minibatch_size | 3 |",
+        "python train.py fit\n",
+        "a: 1\n",
+        "Seed 5,",
+        "AutoPeftModelForCausalLM",
+    ):
+        assert said in text
+    assert ModelCard(text).data.license == "mit"
+
+
+def test_without_its_run_a_checkpoint_still_gets_a_card(trained, tmp_path):
+    export(trained("reward", "full").checkpoint, str(tmp_path / "model"))
+    text = (tmp_path / "model/README.md").read_text()
+    assert "# model\n\nA reward model trained by reward modelling from `lm`" in text
+    assert text.count("Not recorded.") == 2
+    assert ModelCard(text).data.license == "unknown"
+
+
+def test_somebody_elses_card_stays(trained, tmp_path):
+    folder = tmp_path / "model"
+    export(trained("sft", "full").checkpoint, str(folder))
+    assert "`lm`" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("mine")
+    export(trained("sft", "full").checkpoint, str(folder), overwrite=True)
+    assert (folder / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_folder_is_pushed_when_it_is_whole(private, trained, tmp_path, pushed):
+    export(trained("sft", "full").checkpoint, str(tmp_path / "model"), push_to_hub="me/fine", private=private)
+    assert pushed == [(str(tmp_path / "model"), "me/fine", private)]
+    assert "# fine\n" in (tmp_path / "model/README.md").read_text()
+    assert not [file for file in (tmp_path / "model").iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+
+
+def test_nothing_is_pushed_unless_asked_for(trained, tmp_path, pushed):
+    export(trained("sft", "full").checkpoint, str(tmp_path / "model"))
+    assert pushed == []
+
+
+def test_a_push_that_cannot_succeed_is_refused_at_once(trained, tmp_path):
+    with pytest.raises(ValueError, match="`push_to_hub` must be `name` or `owner/name`"):
+        export(trained("sft", "full").checkpoint, str(tmp_path / "model"), push_to_hub="a b")
+    assert not (tmp_path / "model").exists()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

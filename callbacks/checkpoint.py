@@ -1,0 +1,38 @@
+"""Lightning's ModelCheckpoint, with a last checkpoint that is the last one, and a best one that was measured."""
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint with two differences, both of runs with a `monitor`. Its arguments are the same.
+
+    1. With `save_last: true`, `last.ckpt` is written at every epoch (or validation) that `every_n_epochs` names.
+       Lightning writes it only where the monitored value was among the best, so that a resumed run would start from
+       the best epoch instead of the last.
+    2. A monitor `val/...` counts only at an epoch that was validated. Elsewhere Lightning finds the value of an earlier
+       epoch, and keeps a model under it that was not measured; or it finds none, and stops the run.
+    """
+
+    _validated_at = -1  # the global step
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._is_unmeasured(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def _is_unmeasured(self, trainer: L.Trainer) -> bool:
+        return (self.monitor or "").startswith("val/") and self._validated_at != trainer.global_step
+
+    def _keep_last(self, trainer: L.Trainer) -> None:
+        due = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if due and self.save_last is True and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
