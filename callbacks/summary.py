@@ -10,6 +10,18 @@ from lightning.pytorch.loggers import WandbLogger
 from ._shared import final_metrics, json_safe, peak_memory_gib, wall_time, write_atomically
 
 _MOST_ROWS = 14
+_RESULTS = (
+    "config.yaml",
+    "run.json",
+    "metrics.csv",
+    "samples.csv",
+    "validation.csv",
+    "summary.json",
+    "alarms.jsonl",
+    "nonfinite",
+    "model",
+    "best",
+)
 _SHOWN = ("val/", "test/", "train/loss", "rollout/")
 
 
@@ -64,8 +76,7 @@ def left_files(trainer: L.Trainer) -> list[Path]:
     """The results of a run that exist, as far as their places are known."""
     root = Path(trainer.default_root_dir)
     folders = [root] + [Path(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
-    names = ["config.yaml", "metrics.csv", "samples.csv", "summary.json", "report.md", "model"]
-    paths = [folder / name for folder in folders for name in names]
+    paths = [folder / name for folder in folders for name in _RESULTS]
     paths += [Path(c.last_model_path or c.best_model_path) for c in trainer.checkpoint_callbacks if _has_file(c)]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -1,103 +1,137 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from run_folders import Page, held_out_rows, rollout_rows, write_csv
 
-from lightning_rlhf.callbacks import PPOReport
-from lightning_rlhf.callbacks.rendering import escape, render
-from lightning_rlhf.callbacks.report import merge_ranks
-
-
-def read(tmp_path):
-    return (tmp_path / "report.md").read_text()
+from lightning_rlhf.callbacks import report as report_file
+from lightning_rlhf.callbacks.report import RunReport
 
 
-def test_report_of_a_run(fit, tmp_path, capsys):
-    (tmp_path / "reward.json").write_text(json.dumps({"test/agreement": 0.8}))
-    reward_model = str(tmp_path / "reward.json")
-    fit([PPOReport(gold="reward/vader", reward_model_metrics=reward_model, prompts_in_table=1)])
-    text = read(tmp_path)
-    # Before: rewards 0..3, mean 1.5, standard deviation sqrt(5/3) = 1.29. After 4 steps every reward is 4 higher.
-    assert "**All 6 goals hold.**" in text
-    assert "| mean reward | 1.50 | 5.50 | +4.00 normaliser units (95% interval +4.00 to +4.00); +3.10 std" in text
-    assert "| gold score `reward/vader` | 0.000 | 0.400 | +0.400 (95%" in text
-    assert "| mean sequence KL (nats) | 0.00 | 2.00 | +2.00 | < 15 | yes |" in text
-    assert "| reward model's agreement | – | 0.800 (test) |" in text
-    assert "| The film | text 0, level ⏎ 0 | text 0, level ⏎ 4 | 0.00 | 4.00 |" in text
-    assert "| iterations | 2 |" in text
-    assert "| held-out prompts | 4 |" in text
-    assert f"All 6 goals hold. Report: {tmp_path / 'report.md'}" in capsys.readouterr().out
+@pytest.fixture
+def files(tmp_path):
+    """What other callbacks would have left in the run's folder."""
+    write_csv(tmp_path / "metrics.csv", rollout_rows())
+    write_csv(tmp_path / "validation.csv", held_out_rows(0, [0.0, 2.0, 4.0]) + held_out_rows(3, [1.0, 4.0, 7.0]))
+    return tmp_path
 
 
-def test_plots_are_images(fit, tmp_path):
-    from matplotlib.image import imread
+@pytest.fixture
+def written(monkeypatch):
+    """Names of the reports that were asked for; none is drawn."""
+    names = []
 
-    fit([PPOReport()])
-    text = read(tmp_path)
-    for name in ("training", "frontier", "rewards"):
-        assert f"](plots/{name}.png)" in text
-        image = imread(tmp_path / "plots" / f"{name}.png")
-        assert image.shape[0] > 400
-        assert image.std() > 0.01  # something is drawn
+    def write(folder, filename):
+        names.append(filename)
+        return Path(folder) / filename
 
-
-def test_missed_goals_stand_at_the_top(fit, tmp_path):
-    fit([PPOReport(min_reward_gain=5.0, max_kl=1.0)])
-    assert read(tmp_path).splitlines()[2] == "**2 of 4 goals missed: mean reward, mean sequence KL (nats).**"
+    monkeypatch.setattr(report_file, "write_report", write)
+    monkeypatch.setattr(report_file, "outcome", lambda folder: "Good.")
+    return names
 
 
-def test_no_baseline_is_said_plainly(fit, tmp_path):
-    fit([PPOReport()], num_sanity_val_steps=0)
-    text = read(tmp_path)
-    assert "**2 of 4 goals could not be judged: mean reward, distinct-2.**" in text
-    assert "**There is no baseline.**" in text
+def test_report_of_a_run(fit, files, capsys):
+    (files / "reward.json").write_text(json.dumps({"val/agreement": 0.5, "test/agreement": 0.8}))
+    reward_model = str(files / "reward.json")
+    fit([RunReport(min_reward_gain=1.0, max_kl=2.5, reward_model_metrics=reward_model)])
+    page = Page((files / "report.html").read_text())
+    assert "2 of 3 goals met" in page.texts  # the mean reward rises from 2 to 4, by 1 standard deviation; the KL is 3
+    assert "0.800" in page.texts  # that of the test, not of validation
+    said = capsys.readouterr().out
+    assert said == f"1 of 3 goals missed: mean sequence KL (nats). Report: {files / 'report.html'}\n"
 
 
-def test_partial_baseline_is_said_plainly(fit, tmp_path):
-    fit([PPOReport()], num_sanity_val_steps=1)
-    text = read(tmp_path)
-    assert "covers only 2 of the held-out prompts" in text
-    assert "| mean reward | 0.50 | 4.50 |" in text
+def test_figures_of_this_run_are_in_it(fit, tmp_path):
+    logger = CSVLogger(tmp_path.parent, name=tmp_path.name, version="", flush_logs_every_n_steps=1000)
+    fit([RunReport()], logger=logger)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.texts[page.texts.index("Iterations") + 1] == "2"  # though the logger still kept its rows back
+    assert page.texts[page.texts.index("Reward of the rollouts") + 1 :][:2] == ["0.500 →", "1.5"]
 
 
-def test_no_validation_at_all(fit, tmp_path):
-    fit([PPOReport()], limit_val_batches=0)
-    assert "**There are no held-out samples.**" in read(tmp_path)
+def test_goals_are_kept_only_when_asked_for(fit, files, written):
+    fit([RunReport(gold="reward/gold", min_gold_gain=0.1)])
+    assert json.loads((files / "goals.json").read_text()) == {"gold": "reward/gold", "min_gold_gain": 0.1}
+    fit([RunReport()])
+    assert not (files / "goals.json").exists()
+    fit([RunReport(min_agreement=0.9)])  # of no reward model
+    assert not (files / "goals.json").exists()
 
 
-def test_resumed_run_reports_whole_run(fit, tmp_path):
-    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
-    fit([PPOReport(), keep], enable_checkpointing=True)
-    assert torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"]["PPOReport"]["history"]
-    report = PPOReport()
-    fit([report], max_epochs=3, ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert [row["iteration"] for row in report.history] == [0, 1, 2]
-    # Baseline of the first run (mean 1.5), though the resumed run's sanity check saw a trained model.
-    assert "| mean reward | 1.50 | 7.50 |" in read(tmp_path)
+def test_agreement_that_is_not_there(fit, files, written):
+    fit([RunReport(reward_model_metrics=str(files / "missing.json"), min_agreement=0.7)])
+    goals = json.loads((files / "goals.json").read_text())
+    assert goals["min_agreement"] == 0.7
+    assert "agreement" not in goals
 
 
-def test_history_has_validation_only_where_it_ran(fit):
-    report = PPOReport()
-    fit([report], max_epochs=3, check_val_every_n_epoch=2)
-    assert ["val/reward" in row for row in report.history] == [False, True, False]
-    assert [row["rollout/reward"] for row in report.history] == [0.5, 1.5, 2.5]
+def test_written_after_validations_and_at_the_end(fit, tmp_path, written):
+    fit([RunReport(filename="page.html")], max_epochs=3)
+    assert written == ["page.html"] * 4
 
 
-def test_ranks_are_merged_in_data_order():
-    rank_0, rank_1 = [{"prompt": "a"}, {"prompt": "c"}], [{"prompt": "b"}, {"prompt": "a"}]
-    assert merge_ranks([rank_0, rank_1], 3) == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-    assert merge_ranks([rank_0, rank_0], None) == rank_0  # every rank saw everything
+def test_reports_take_a_twentieth_of_the_time(fit, tmp_path, written, monkeypatch):
+    times = iter([0.0, 0.0, 1.0, 20.5, 21.0, 21.0, 22.0, 30.0, 31.0])
+    monkeypatch.setattr(report_file, "_clock", lambda: next(times))
+    # The first took 1 s and was done at 1: the validation at 20.5 comes too early, that at 21 does not.
+    fit([RunReport()], max_epochs=3)
+    assert len(written) == 3  # the last is that at the end
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"), [("a | b", r"a \| b"), ("one\n\n two ", "one ⏎ two"), ("*x*", r"\*x\*"), ("<s>", r"\<s\>")]
-)
-def test_escape(text, shown):
-    assert escape(text) == shown
+def test_written_when_an_exception_ends_the_run(fit, files, written):
+    class Fails(RunReport):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        fit([Fails()], limit_val_batches=0)
+    assert written == ["report.html"]
+    for path in files.glob("*.csv"):
+        path.unlink()
+    with pytest.raises(KeyError, match="broken"):
+        fit([Fails()], limit_val_batches=0)
+    assert written == ["report.html"]  # there is nothing to report
 
 
-def test_render_without_anything():
-    text = render([], None, None, [], {"iterations": "0"}, 3)
-    assert text.startswith("# PPO report\n\n**There are no held-out samples.**")
-    assert "| iterations | 0 |" in text
+def test_failure_is_a_warning(fit, files, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report_file, "write_report", fail)
+    with pytest.warns(UserWarning, match="The report could not be written: OSError: disk full"):
+        fit([RunReport()])
+    assert "Report:" not in capsys.readouterr().out
+
+
+def test_goals_that_cannot_be_kept_are_a_warning(fit, files, written):
+    (files / "goals.json").mkdir()
+    with pytest.warns(UserWarning, match=r"The goals cannot be kept in .*goals.json"):
+        fit([RunReport(max_kl=1.0)])
+
+
+def test_a_run_without_any_file_goes_on(fit, tmp_path):
+    with pytest.warns(
+        UserWarning, match="The report could not be written: ValueError: `folder` must hold a run's files"
+    ):
+        fit([RunReport()])
+
+
+def test_other_ranks_write_nothing(fit, files, written, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.Trainer.is_global_zero", property(lambda trainer: False))
+    fit([RunReport(max_kl=1.0)])
+    assert written == []
+    assert not (files / "goals.json").exists()
+
+
+def test_training_is_the_same_bit_for_bit(fit, files):
+    with_report, _ = fit([RunReport(max_kl=1.0)])
+    without, _ = fit([])
+    assert with_report.trace == without.trace
+    assert torch.equal(with_report.linear.weight, without.linear.weight)
+
+
+def test_filename_is_a_name():
+    with pytest.raises(ValueError, match=r"`filename` must be a plain name in the run's folder, but is 'a/b.html'"):
+        RunReport(filename="a/b.html")

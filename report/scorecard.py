@@ -1,27 +1,28 @@
-"""Judges held-out samples from before and after PPO. Pure functions: no trainer, no files."""
+"""Judges held-out samples from before and after training. Pure functions: no trainer, no files."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from ._shared import Columns
+from .run import Columns
 
 
 class Targets(NamedTuple):
-    """What a run has to reach; `PPOReport` describes each."""
+    """What a run has to reach; a goal without a number is not judged. The callback `RunReport` describes each."""
 
-    min_reward_gain: float = 1.5
+    min_reward_gain: float | None = None
     gold: str | None = None
     min_gold_gain: float = 0.3
-    max_kl: float = 15.0
-    min_unique: float = 0.9
-    min_distinct_share: float = 0.8
-    min_agreement: float = 0.79
+    max_kl: float | None = None
+    min_unique: float | None = None
+    min_distinct_share: float | None = None
+    min_agreement: float | None = None
+    agreement: float | None = None
 
 
 class Goal(NamedTuple):
-    """One row of the report's first table, and whether it is met; None when it cannot be judged."""
+    """One row of the table of goals, and whether it is met; None when it cannot be judged."""
 
     name: str
     before: str
@@ -41,28 +42,23 @@ class Gain(NamedTuple):
     interval: tuple[float, float]  # bootstrap, 95%
 
 
-def evaluate(
-    before: Columns | None,
-    after: Columns,
-    targets: Targets,
-    reward_model: dict[str, float] | None = None,
-) -> list[Goal]:
-    """Judge every goal. Without `before`, goals that compare with it stay unjudged.
+def evaluate(before: Columns | None, after: Columns, targets: Targets) -> list[Goal]:
+    """Judge every goal that has a number. Without `before`, goals that compare with it stay unjudged.
 
     Args:
         before: columns "response", "reward", "kl" and reward components of the held-out prompts before training.
         after: the same after training, of the same prompts in the same order.
         targets: what to reach.
-        reward_model: final metrics of the reward model's stage; its agreement becomes a goal.
     """
-    goals = [_reward_goal(before, after, targets)]
-    if targets.gold is not None:
-        goals.append(_gold_goal(before, after, targets))
-    goals += [_kl_goal(before, after, targets), _unique_goal(before, after, targets)]
-    goals.append(_distinct_goal(before, after, targets))
-    if reward_model is not None:
-        goals.append(_agreement_goal(reward_model, targets))
-    return goals
+    judges = {
+        _reward_goal: targets.min_reward_gain,
+        _gold_goal: targets.gold,
+        _kl_goal: targets.max_kl,
+        _unique_goal: targets.min_unique,
+        _distinct_goal: targets.min_distinct_share,
+    }
+    goals = [judge(before, after, targets) for judge, wanted in judges.items() if wanted is not None]
+    return goals if targets.min_agreement is None else [*goals, _agreement_goal(targets)]
 
 
 def common_prompts(before: Columns | None, after: Columns) -> tuple[Columns | None, Columns]:
@@ -84,18 +80,25 @@ def common_prompts(before: Columns | None, after: Columns) -> tuple[Columns | No
 
 
 def paired_gain(before: list[float], after: list[float]) -> Gain:
-    """Mean of the paired differences, plain and in standard deviations (n - 1) of `before`."""
+    """Mean of the paired differences, plain and in standard deviations (n - 1) of `before`.
+
+    Pairs with a NaN or an infinity on either side are left out.
+    """
     old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    finite = np.isfinite(old) & np.isfinite(new)
+    old, new = old[finite], new[finite]
+    if not len(old):
+        return Gain(math.nan, math.nan, math.nan, math.nan, (math.nan, math.nan))
     difference = float(np.mean(new - old))
     spread = float(np.std(old, ddof=1)) if len(old) > 1 else 0.0
     in_stds = difference / spread if spread > 0 else math.copysign(math.inf, difference) if difference else 0.0
     return Gain(float(old.mean()), float(new.mean()), difference, in_stds, bootstrap_interval(new - old))
 
 
-def bootstrap_interval(differences: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean, from a generator of its own: the run's random numbers are not touched."""
-    picks = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
-    low, high = np.quantile(differences[picks].mean(axis=1), [0.025, 0.975])
+    picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -110,7 +113,9 @@ def verdict(goals: list[Goal]) -> str:
         sentences.append(f"{len(unjudged)} of {len(goals)} goals could not be judged: {', '.join(unjudged)}.")
     if sentences:
         return " ".join(sentences)
-    return f"All {len(goals)} goals hold."
+    if len(goals) == 1:
+        return f"The goal holds: {goals[0].name}."
+    return f"All {len(goals)} goals hold." if goals else "No goals could be judged: there are no held-out responses."
 
 
 def _reward_goal(before: Columns | None, after: Columns, targets: Targets) -> Goal:
@@ -127,10 +132,10 @@ def _reward_goal(before: Columns | None, after: Columns, targets: Targets) -> Go
 
 
 def _gold_goal(before: Columns | None, after: Columns, targets: Targets) -> Goal:
-    name, goal = f"gold score `{targets.gold}`", f"rises by ≥ {targets.min_gold_gain:g}"
+    name, goal = f"gold score {targets.gold}", f"rises by ≥ {targets.min_gold_gain:g}"
     if targets.gold not in after:
         return Goal(name, "–", "column absent", "–", goal, None)
-    if before is None:
+    if before is None or targets.gold not in before:
         return Goal(name, "–", f"{np.mean(after[targets.gold]):.3f}", "–", goal, None)
     gain = paired_gain(before[targets.gold], after[targets.gold])
     change = f"{gain.difference:+.3f} (95% interval {gain.interval[0]:+.3f} to {gain.interval[1]:+.3f})"
@@ -139,13 +144,13 @@ def _gold_goal(before: Columns | None, after: Columns, targets: Targets) -> Goal
 
 
 def _kl_goal(before: Columns | None, after: Columns, targets: Targets) -> Goal:
-    old, new = float(np.mean(before["kl"])) if before else None, float(np.mean(after["kl"]))
+    old, new = float(np.mean(before["kl"])) if before and "kl" in before else None, float(np.mean(after["kl"]))
     row = _plain_row(old, new, ".2f")
     return Goal("mean sequence KL (nats)", *row, f"< {targets.max_kl:g}", new < targets.max_kl)
 
 
 def _unique_goal(before: Columns | None, after: Columns, targets: Targets) -> Goal:
-    from ..functional import unique_share
+    from ..functional import unique_share  # here: it brings torch along, which a report does without
 
     old, new = unique_share(before["response"]) if before else None, unique_share(after["response"])
     row = _plain_row(old, new, ".3f")
@@ -164,13 +169,11 @@ def _distinct_goal(before: Columns | None, after: Columns, targets: Targets) -> 
     return Goal(name, f"{old:.3f}", f"{new:.3f}", f"{kept:.0%} kept", goal, kept >= targets.min_distinct_share)
 
 
-def _agreement_goal(reward_model: dict[str, float], targets: Targets) -> Goal:
-    split = next((split for split in ("test", "val") if reward_model.get(f"{split}/agreement") is not None), None)
+def _agreement_goal(targets: Targets) -> Goal:
     name, goal = "reward model's agreement", f"≥ {targets.min_agreement:g}"
-    if split is None:
+    if targets.agreement is None:
         return Goal(name, "–", "not known", "–", goal, None)
-    value = reward_model[f"{split}/agreement"]
-    return Goal(name, "–", f"{value:.3f} ({split})", "–", goal, value >= targets.min_agreement)
+    return Goal(name, "–", f"{targets.agreement:.3f}", "–", goal, targets.agreement >= targets.min_agreement)
 
 
 def _plain_row(old: float | None, new: float, style: str) -> tuple[str, str, str]:
