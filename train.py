@@ -1,8 +1,8 @@
 """The command line: `python train.py fit --config configs/demo/ppo.yaml`, or `lightning-rlhf fit ...`.
 
 Subcommands are the Trainer's own: fit, validate, test, predict. `--model PPOModule` and `--data PromptDataModule`
-choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run. One more,
-`export`, writes a checkpoint's model as a Hugging Face folder.
+choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run. Two more:
+`export` writes a checkpoint's model as a Hugging Face folder, `report` a page on one run or several.
 """
 
 import difflib
@@ -18,31 +18,41 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import datasets
 import lightning as L
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_rlhf import callbacks, datamodules, modules
 from lightning_rlhf.callbacks import (
+    ALARMS,
     HuggingFaceExport,
     JSONLinesWriter,
     Preemption,
     ProgressBar,
+    Provenance,
+    Reliability,
     RNGState,
+    RunCheckpoint,
+    RunReport,
     SampleTable,
     StageSummary,
+    Throughput,
+    TokenView,
+    ValidationSamples,
+    WandbAxes,
 )
 from lightning_rlhf.checkpointing import AtomicCheckpointIO, recover
 from lightning_rlhf.export import export
 from lightning_rlhf.failures import NoteFailure, guard
+from lightning_rlhf.loggers import MetricsFile, close_wandb, forgiving
+from lightning_rlhf.report import main_report
 
 # Importing them makes their short names known to the parser.
 SHIPPED = {
     "model": [name for name in modules.__all__ if name != "TextModule"],
     "data": [name for name in datamodules.__all__ if name != "TextDataModule"],
-    "trainer.callbacks": callbacks.__all__,
+    "trainer.callbacks": [name for name in callbacks.__all__ if name not in ("Alarm", "MetricAlarm")],
 }
 
 
@@ -109,14 +119,14 @@ class CLI(LightningCLI):
         """Do nothing: in Lightning, what a checkpoint says wins over the flags, even over which `--model` it is."""
 
     def setup_parser(self, *args: Any) -> None:
-        """`--help` lists `export`, too; `run` takes it before it comes to this parser."""
+        """`--help` lists `export` and `report`, too; `run` takes them before they come to this parser."""
         super().setup_parser(*args)
-        parser = export_parser()
-        self.parser._subcommands_action.add_subcommand("export", parser, help=parser.description)
+        for name, parser in (("export", export_parser()), ("report", report_parser())):
+            self.parser._subcommands_action.add_subcommand(name, parser, help=parser.description)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--checkpoint.*` are ModelCheckpoint's arguments."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
@@ -151,9 +161,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write out the W&B run now; at the end of the process it may be too late."""
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+        close_wandb(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The CSV logger is always there; W&B unless other loggers, or none, are asked for."""
@@ -166,14 +174,14 @@ class CLI(LightningCLI):
         if asked is None and self.subcommand == "fit":
             loggers.append(wandb_logger(root))
         elif asked:
-            loggers += asked if isinstance(asked, list) else [asked]
+            loggers += map(forgiving, asked if isinstance(asked, list) else [asked])
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
         if self.subcommand == "fit":
             rank_zero_only(recover)(Path(checkpoint.dirpath))
-        self._leave_out_what_is_off()
+        self._choose_callbacks()
         return self._refuse_other_precision(super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs))
 
     def _refuse_other_precision(self, trainer: L.Trainer) -> L.Trainer:
@@ -182,24 +190,30 @@ class CLI(LightningCLI):
             raise ValueError("`--trainer.precision 16-mixed` needs a GPU; on a CPU use `bf16-mixed`.")
         return trainer
 
-    def _leave_out_what_is_off(self) -> None:
-        """A progress bar or ModelCheckpoint among the callbacks is an error where the Trainer's flag says none."""
+    def _choose_callbacks(self) -> None:
+        """What the user names takes the place of the default of its class.
+
+        A progress bar or ModelCheckpoint among the callbacks is an error where the Trainer's flag says none.
+        """
         trainer = self._get(self.config_init, "trainer")
+        asked = trainer.callbacks or []
+        replaced = {type(callback) for callback in (asked if isinstance(asked, list) else [asked])}
+        kept = [c for c in self.trainer_defaults["callbacks"] if type(c) not in replaced]
         if trainer.enable_progress_bar is False:
-            kept = [c for c in self.trainer_defaults["callbacks"] if not isinstance(c, ProgressBar)]
-            self.trainer_defaults["callbacks"] = kept
+            kept = [c for c in kept if not isinstance(c, ProgressBar)]
+        self.trainer_defaults["callbacks"] = kept
         if trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
 
 
-def csv_logger(folder: Path) -> CSVLogger:
+def csv_logger(folder: Path) -> Logger:
     """metrics.csv in the folder; one that is already there is kept under another name."""
     metrics = folder / "metrics.csv"
     if metrics.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         earlier = sum(1 for _ in folder.glob("metrics_*.csv"))
         metrics.rename(folder / f"metrics_{earlier}.csv")
     warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
-    return CSVLogger(folder.parent, name=folder.name, version="")
+    return forgiving(MetricsFile(folder))
 
 
 def wandb_logger(root: Path) -> Logger:
@@ -208,7 +222,7 @@ def wandb_logger(root: Path) -> Logger:
     offline = os.environ.get("WANDB_MODE", "offline" if not _has_wandb_credentials() else "online") != "online"
     if offline:
         rank_zero_info(f"W&B runs offline: its files are in {root / 'wandb'}; upload them with `wandb sync`.")
-    return WandbLogger(name=root.name, project="lightning-rlhf", save_dir=root, offline=offline)
+    return forgiving(WandbLogger(name=root.name, project="lightning-rlhf", save_dir=root, offline=offline))
 
 
 def _has_wandb_credentials() -> bool:
@@ -224,10 +238,40 @@ def main(args: list[str] | None = None) -> CLI | None:
     return None  # what a console script returns is its exit code
 
 
+def default_callbacks() -> list[L.Callback]:
+    """What watches, keeps and reports every run."""
+    return [
+        Provenance(),  # first: it notes it, too, when another fails
+        ProgressBar(),
+        SampleTable(),
+        ValidationSamples(),
+        TokenView(),
+        Reliability(),
+        WandbAxes(),
+        Throughput(),
+        HuggingFaceExport(),
+        RNGState(),
+        Preemption(),
+        JSONLinesWriter(),
+        *(alarm() for alarm in ALARMS),
+        StageSummary(),
+        RunReport(),  # last: of the files that the others wrote
+        NoteFailure(),
+    ]
+
+
 def export_parser() -> Parser:
     """The flags of `export` are its arguments."""
     parser = Parser(prog="train.py export", description=inspect.getdoc(export).partition("\n")[0])
     parser.add_function_arguments(export)
+    return parser
+
+
+def report_parser() -> Parser:
+    """The flags of `report`."""
+    parser = Parser(prog="train.py report", description="The page of a run, or a comparison of several, as HTML.")
+    parser.add_argument("folders", nargs="+", help="folders of runs, or a folder that holds some")
+    parser.add_argument("--output", default=None, help="where the comparison goes")
     return parser
 
 
@@ -243,6 +287,9 @@ def run(args: list[str] | None = None) -> CLI | None:
         export(**flags)
         rank_zero_info(f"The model is in {flags.folder}")
         return None
+    if given[:1] == ["report"]:
+        main_report(**report_parser().parse_args(given[1:]))
+        return None
     return CLI(
         L.LightningModule,
         L.LightningDataModule,
@@ -253,18 +300,7 @@ def run(args: list[str] | None = None) -> CLI | None:
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
-        trainer_defaults={
-            "callbacks": [
-                ProgressBar(),
-                SampleTable(),
-                HuggingFaceExport(),
-                RNGState(),
-                Preemption(),
-                JSONLinesWriter(),
-                StageSummary(),
-                NoteFailure(),
-            ]
-        },
+        trainer_defaults={"callbacks": default_callbacks()},
         args=args,
     )
 

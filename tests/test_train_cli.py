@@ -14,6 +14,7 @@ import yaml
 from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lightning_rlhf.callbacks import KLAlarm, StageSummary
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
 from lightning_rlhf.modules.backbone import Scorer
 from lightning_rlhf.train import main
@@ -134,7 +135,8 @@ class TestEveryModule:
         assert both.items() >= fitted.items()
         assert any(name.startswith("test/") for name in both)
         assert after.items() >= before.items()
-        assert set(after) - set(before) == {"run/validate/metrics.csv", "run/test/metrics.csv"}
+        diagram = {f"run/test_reliability.{end}" for end in ("csv", "png") if CASES[case][0] == "RewardModule"}
+        assert set(after) - set(before) == {"run/validate/metrics.csv", "run/test/metrics.csv"} | diagram
         key = "val/perplexity" if case == "sft" else "val/agreement" if "ppo" not in case else "val/reward"
         assert validated.trainer.callback_metrics[key].item() == pytest.approx(fitted[key])
         assert tested.trainer.callback_metrics[key.replace("val", "test")].item() == pytest.approx(fitted[key])
@@ -202,7 +204,7 @@ class TestParsing:
         assert "did you mean --trainer.max_steps?" in said
 
     def test_an_argument_of_a_callback_that_does_not_exist(self, capsys):
-        said = refused(capsys, *flags("sft"), "--trainer.callbacks=PPOReport", "--trainer.callbacks.gld=x")
+        said = refused(capsys, *flags("sft"), "--trainer.callbacks=RunReport", "--trainer.callbacks.gld=x")
         assert "did you mean gold?" in said
 
     def test_a_wrong_type_is_named_with_the_right_one(self, capsys):
@@ -221,14 +223,14 @@ class TestParsing:
         assert "'float32', 'bfloat16', 'float16'" in said
 
     @pytest.mark.parametrize(
-        ("flag", "wrong"), [("model", "PPOModul"), ("data", "PromptDataModul"), ("trainer.callbacks", "PPOReprt")]
+        ("flag", "wrong"), [("model", "PPOModul"), ("data", "PromptDataModul"), ("trainer.callbacks", "RunReprt")]
     )
     def test_an_unknown_class_is_refused_with_those_that_exist(self, flag, wrong, capsys):
         said = refused(capsys, *flags("ppo_function"), f"--{flag}={wrong}")
-        right = {"model": "PPOModule", "data": "PromptDataModule", "trainer.callbacks": "PPOReport"}
+        right = {"model": "PPOModule", "data": "PromptDataModule", "trainer.callbacks": "RunReport"}
         accepted = {"model": "RewardModule, SFTModule", "data": "RatingDataModule, SFTDataModule"}
         assert f"did you mean {right[flag]}?" in said
-        assert accepted.get(flag, "ProgressBar, RNGState") in said
+        assert accepted.get(flag, "ProgressBar, Provenance") in said
 
     def test_an_unknown_part_of_a_method_is_refused_with_those_that_exist(self, capsys):
         given = ["--model.model=x", "--data=PromptDataModule", "--data.data=x"]
@@ -281,7 +283,7 @@ def no_model_loads(monkeypatch) -> None:
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr("lightning_rlhf.modules.text_module.load_causal_lm", reached)
-    monkeypatch.setattr("lightning_rlhf.modules.on_policy.load_causal_lm", reached)
+    monkeypatch.setattr("lightning_rlhf.modules.rollout_module.load_causal_lm", reached)
     monkeypatch.setattr(Scorer, "load", reached)
 
 
@@ -414,6 +416,30 @@ def test_a_checkpoint_may_be_a_reward():
     cli = run("fit", *flags("ppo_function"), "--model.reward=reward.ckpt")
     assert list(cli.model.rewards.terms) == ["reward_model"]
     assert json.loads(Path("run/summary.json").read_text())["rollout/reward"] is not None
+
+
+def test_a_callback_that_is_named_replaces_the_default_one():
+    cli = run("fit", *flags("sft"), "--trainer.callbacks=KLAlarm", "--trainer.callbacks.threshold=7")
+    assert [alarm.threshold for alarm in cli.trainer.callbacks if isinstance(alarm, KLAlarm)] == [7]
+    assert sum(isinstance(callback, StageSummary) for callback in cli.trainer.callbacks) == 1
+    default = run("fit", *flags("sft"))
+    assert [alarm.threshold for alarm in default.trainer.callbacks if isinstance(alarm, KLAlarm)] != [7]
+
+
+def test_report_makes_a_page_of_a_run_and_a_comparison_of_two(capsys):
+    for seed in (1, 2):
+        run("fit", *flags("sft"), f"--seed_everything={seed}", f"--trainer.default_root_dir=runs/sft-{seed}")
+        Path(f"runs/sft-{seed}/report.html").unlink()
+    main(["report", "runs/sft-1"])
+    assert "runs/sft-1/report.html" in capsys.readouterr().out
+    assert "val/perplexity" in Path("runs/sft-1/report.html").read_text()
+    main(["report", "runs", "--output=both.html"])
+    assert "both.html" in capsys.readouterr().out
+    page = Path("both.html").read_text()
+    assert "sft" in page
+    assert "±" in page
+    with pytest.raises(ValueError, match="`folders` must be runs or hold runs, but nowhere"):
+        main(["report", "nowhere"])
 
 
 @pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing"])
