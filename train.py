@@ -191,14 +191,16 @@ class CLI(LightningCLI):
         return trainer
 
     def _choose_callbacks(self) -> None:
-        """What the user names takes the place of the default of its class.
+        """What the user names takes the place of the default of its class, in the order of the defaults.
 
         A progress bar or ModelCheckpoint among the callbacks is an error where the Trainer's flag says none.
         """
         trainer = self._get(self.config_init, "trainer")
         asked = trainer.callbacks or []
-        replaced = {type(callback) for callback in (asked if isinstance(asked, list) else [asked])}
-        kept = [c for c in self.trainer_defaults["callbacks"] if type(c) not in replaced]
+        asked = asked if isinstance(asked, list) else [asked]
+        named = {type(callback): callback for callback in asked}
+        kept = [named.get(type(default), default) for default in self.trainer_defaults["callbacks"]]
+        trainer.callbacks = [callback for callback in asked if callback not in kept]
         if trainer.enable_progress_bar is False:
             kept = [c for c in kept if not isinstance(c, ProgressBar)]
         self.trainer_defaults["callbacks"] = kept
