@@ -1,8 +1,9 @@
 """The command line: `python train.py fit --config configs/demo/ppo.yaml`, or `lightning-rlhf fit ...`.
 
 Subcommands are the Trainer's own: fit, validate, test, predict. `--model PPOModule` and `--data PromptDataModule`
-choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run. Two more:
-`export` writes a checkpoint's model as a Hugging Face folder, `report` a page on one run or several.
+choose the classes, whose constructor arguments are the flags; `--print_config` prints every value of a run. Three more:
+`export` writes a checkpoint's model as a Hugging Face folder, `report` a page on one run or several, and `workspace`
+saves a view of a Weights & Biases project.
 """
 
 import difflib
@@ -47,6 +48,7 @@ from lightning_rlhf.export import export
 from lightning_rlhf.failures import NoteFailure, guard
 from lightning_rlhf.loggers import MetricsFile, close_wandb, forgiving
 from lightning_rlhf.report import main_report
+from lightning_rlhf.wandb_workspace import make_workspace
 
 # Importing them makes their short names known to the parser.
 SHIPPED = {
@@ -119,9 +121,10 @@ class CLI(LightningCLI):
         """Do nothing: in Lightning, what a checkpoint says wins over the flags, even over which `--model` it is."""
 
     def setup_parser(self, *args: Any) -> None:
-        """`--help` lists `export` and `report`, too; `run` takes them before they come to this parser."""
+        """`--help` lists the other commands, too; `run` takes them before they come to this parser."""
         super().setup_parser(*args)
-        for name, parser in (("export", export_parser()), ("report", report_parser())):
+        for name, (make_parser, _) in COMMANDS.items():
+            parser = make_parser()
             self.parser._subcommands_action.add_subcommand(name, parser, help=parser.description)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -224,7 +227,9 @@ def wandb_logger(root: Path) -> Logger:
     offline = os.environ.get("WANDB_MODE", "offline" if not _has_wandb_credentials() else "online") != "online"
     if offline:
         rank_zero_info(f"W&B runs offline: its files are in {root / 'wandb'}; upload them with `wandb sync`.")
-    return forgiving(WandbLogger(name=root.name, project="lightning-rlhf", save_dir=root, offline=offline))
+    # Its service may have been started in another directory.
+    where = root.resolve()
+    return forgiving(WandbLogger(name=root.name, project="lightning-rlhf", save_dir=where, offline=offline))
 
 
 def _has_wandb_credentials() -> bool:
@@ -277,6 +282,29 @@ def report_parser() -> Parser:
     return parser
 
 
+def workspace_parser() -> Parser:
+    """The flags of `workspace`."""
+    parser = Parser(prog="train.py workspace", description="Save a view of a W&B project, and a report on it.")
+    parser.add_argument("--project", default="lightning-rlhf", help="the runs' project in W&B")
+    parser.add_argument("--entity", default=None, help="the user or team that has it; your default one if left out")
+    parser.add_argument("--report", action="store_true", help="save a report with the same panels, too")
+    return parser
+
+
+def export_and_tell(**flags: Any) -> None:
+    """Write a checkpoint's model, and say where it is."""
+    export(**flags)
+    rank_zero_info(f"The model is in {flags['folder']}")
+
+
+COMMANDS = {
+    "export": (export_parser, export_and_tell),
+    "report": (report_parser, main_report),
+    "workspace": (workspace_parser, make_workspace),
+}
+"""What is not the Trainer's: the flags, and what is called with them."""
+
+
 def run(args: list[str] | None = None) -> CLI | None:
     """Parse a command line and run it."""
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")  # Lightning's way to call torch
@@ -284,13 +312,9 @@ def run(args: list[str] | None = None) -> CLI | None:
     transformers.utils.logging.set_verbosity_error()  # a new head is reported as a table of missing weights
     datasets.disable_progress_bars()
     given = sys.argv[1:] if args is None else args
-    if given[:1] == ["export"]:
-        flags = export_parser().parse_args(given[1:])
-        export(**flags)
-        rank_zero_info(f"The model is in {flags.folder}")
-        return None
-    if given[:1] == ["report"]:
-        main_report(**report_parser().parse_args(given[1:]))
+    if given and given[0] in COMMANDS:
+        parser, command = COMMANDS[given[0]]
+        command(**parser().parse_args(given[1:]))
         return None
     return CLI(
         L.LightningModule,

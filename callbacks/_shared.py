@@ -1,4 +1,4 @@
-"""What several callbacks need: gathering over ranks, plain numbers, whole files, time and memory."""
+"""What several callbacks need: plain numbers, whole files, memory."""
 
 import math
 import os
@@ -8,20 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 
 Columns = dict[str, list]
 
 _MISSING = object()
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank. All ranks must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def interleave(parts: list[list]) -> list:
@@ -68,13 +58,3 @@ def peak_memory_gib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
-
-
-def wall_time(seconds: float) -> str:
-    """A duration for people: "42 s", "3 min 05 s", "2 h 07 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

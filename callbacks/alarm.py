@@ -9,7 +9,8 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from ._shared import gather_objects, write_atomically
+from ..ranks import of_all_ranks
+from ._shared import write_atomically
 
 Action = Literal["off", "warn", "stop"]
 FILENAME = "alarms.jsonl"
@@ -63,7 +64,7 @@ class Alarm(L.Callback):
         self._raised = self._raised and bad
         if self._bad >= self.patience and not self._raised:
             self._raised = True
-            self._raise(trainer, first_sentence(gather_objects(seen)))
+            self._raise(trainer, first_sentence(of_all_ranks(seen)))
 
     def _raise(self, trainer: L.Trainer, seen: str) -> None:
         place = f"iteration {trainer.current_epoch}, step {trainer.global_step}"

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 
 from ..loaders import EvenBatches
-from ._shared import gather_objects, json_safe, write_atomically
+from ..ranks import of_all_ranks
+from ._shared import json_safe, write_atomically
 
 Keyed = tuple[int, int, int, str]  # data loader, position in its data set, row of that sample, JSON line
 
@@ -65,7 +66,7 @@ class JSONLinesWriter(L.Callback):
         return given[batch_idx] if given else []
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        parts = gather_objects(self._rows)
+        parts = of_all_ranks(self._rows)
         self._rows = []
         if not trainer.is_global_zero:
             return

@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
-from ._shared import final_metrics, wall_time
+from ..report.figures import duration
+from ._shared import final_metrics
 
 # Logged name -> what the bar calls it, in the order shown.
 SHORT_NAMES = {
@@ -136,13 +137,13 @@ class ProgressBar(LightningProgressBar):
 
     def _time_left(self) -> str:
         if self._took is not None:
-            return f"in {wall_time(self._took)}"
+            return f"in {duration(self._took)}"
         if self.trainer.state.fn != "fit":
             return ""
         first_counts = phase_of(self.trainer.lightning_module) is None  # else an epoch begins with a rollout
         share = self.done / self.total if first_counts else 0.0
         left = self.pace.seconds_left(epochs_of_run(self.trainer) - self.trainer.current_epoch, share)
-        return "" if left is None else f"{wall_time(left)} left"
+        return "" if left is None else f"{duration(left)} left"
 
     # --- following the run ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from ._shared import gather_objects
+from ..ranks import of_all_ranks
 
 
 class RNGState(L.Callback):
@@ -29,7 +29,7 @@ class RNGState(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         # Lightning calls this on every rank (Trainer.save_checkpoint -> dump_checkpoint), so gathering is safe; the
         # file is rank zero's.
-        return {"ranks": gather_objects(collect_state())}
+        return {"ranks": of_all_ranks(collect_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict["ranks"]

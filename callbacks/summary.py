@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
-from ._shared import final_metrics, json_safe, peak_memory_gib, wall_time, write_atomically
+from ..report.figures import duration
+from ._shared import final_metrics, json_safe, peak_memory_gib, write_atomically
 
 _MOST_ROWS = 14
 _RESULTS = (
@@ -55,7 +56,7 @@ class StageSummary(L.Callback):
         earlier = _read(root / "summary.json") if stage == "test" else {}
         text = json.dumps(json_safe({**earlier, **metrics}), indent=2)
         write_atomically(root / "summary.json", text + "\n")
-        rows = [*choose(metrics, self.metrics), ("wall time", wall_time(time.monotonic() - self._started))]
+        rows = [*choose(metrics, self.metrics), ("wall time", duration(time.monotonic() - self._started))]
         if (peak := peak_memory_gib()) is not None:
             rows.append(("peak memory", f"{peak:.2f} GiB"))
         title = f"{type(pl_module).__name__}: {trainer.state.fn.value}"

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data.distributed import DistributedSampler
 
-from ._shared import Columns, gather_objects, interleave
+from ..ranks import of_all_ranks
+from ._shared import Columns, interleave
 from .samples import RowFile
 from .sinks import GrowingTable, Rows
 
@@ -59,7 +60,7 @@ class ValidationSamples(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or (trainer.sanity_checking and not is_before_training(trainer)):
             return
-        rows = merge_ranks(gather_objects(self._batch_rows), held_out_size(trainer))
+        rows = merge_ranks(of_all_ranks(self._batch_rows), held_out_size(trainer))
         self._batch_rows = []
         if rows and trainer.is_global_zero:
             place = {"iteration": finished_iterations(trainer), "step": trainer.global_step}

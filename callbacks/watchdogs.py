@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ._shared import gather_objects
+from ..ranks import of_all_ranks
 from .alarm import Action, Alarm, require
 from .reproducer import Reproducer, last_checkpoint, plain, save_reproducer, trained_weights
 from .rng_state import collect_state
@@ -95,7 +95,7 @@ class NonFiniteAlarm(Alarm):
         """What is not finite on this rank, and where its reproducer is. All ranks call it together."""
         losses = [float(loss) for loss in self._losses]
         names = [name for name, gradient in gradients_of(pl_module) if not gradient.isfinite().all()]
-        where, bad = first_bad_loss(gather_objects(losses))
+        where, bad = first_bad_loss(of_all_ranks(losses))
         place = self._reproducer(trainer, pl_module, losses, names, trainer.global_rank if bad is None else where)
         found = [] if bad is None else [f"the loss is {bad}" + f" on rank {where}" * (trainer.world_size > 1)]
         if names:

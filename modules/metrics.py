@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from ..ranks import of_all_ranks
 
 ROWS = 512  # of a table of all pairs, at a time
 MOST_SOURCES = 20
@@ -158,15 +158,6 @@ class SourceAgreement:
 def label(source: str) -> str:
     """A source as a part of a metric's name: letters, digits, `_`, `-` and `.`, not too long."""
     return re.sub(r"[^\w.-]+", "_", source)[:_LONGEST_NAME].strip("_") or OTHER
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """Every rank's value, by rank; all must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 class MeanDifference(Metric):

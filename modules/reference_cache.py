@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpointing import AtomicCheckpointIO
 from ..loaders import ResumableLoader
+from ..ranks import of_all_ranks
 from .backbone import unwrapped
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def fill(cache: ReferenceCache, loader: Any, module: "CompletionModule") -> None
         if module.sum_over_ranks(lacking) > 0:  # a sharded network takes all ranks or none
             found = module.reference_logprobs(module.trainer.strategy.batch_to_device(batch))
             new |= zip(keys, found.tolist(), strict=True)
-    found_anywhere = _of_all_ranks(new)
+    found_anywhere = {key: value for part in of_all_ranks(new) for key, value in part.items()}
     if not found_anywhere:
         return
     cache.values |= found_anywhere
@@ -141,11 +141,3 @@ def _batches(loader: Any) -> Iterator[dict[str, Tensor]]:
         )
     for numbers in loader.batches.batches():
         yield loader.collate_fn(loader.dataset[numbers])
-
-
-def _of_all_ranks(values: dict[bytes, float]) -> dict[bytes, float]:
-    if not dist.is_initialized():
-        return values
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    return {key: value for part in parts for key, value in part.items()}

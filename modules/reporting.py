@@ -1,13 +1,14 @@
 """What is seen of sampled responses: logged figures, and the samples as columns."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import bootstrap_interval, correlation, distinct_n, kl_k1, kl_k3, masked_sum, wins
+from ..ranks import of_all_ranks
 from .experience import TokenStatistics
 from .running import RunningFigures
 from .samples import Samples
@@ -57,22 +58,18 @@ def seen(samples: Samples, reference_rewards: list[float] = ()) -> Seen:
 def figures_of_all(parts: list[Seen]) -> dict[str, float]:
     """Figures that only all responses of an iteration or evaluation together have, on all ranks; all must call it.
 
-    What is not defined (a correlation with equal lengths) is left out.
+    NaN where one is not defined, such as a correlation with equal lengths.
     """
-    every: list[list[Seen]] = [parts]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        every = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, parts)
-    columns = [[row for of_rank in every for part in of_rank for row in part[i]] for i in range(3)]
-    return {name: value for name, value in _figures(Seen(*columns)) if value == value}
+    every = [part for of_rank in of_all_ranks(parts) for part in of_rank]
+    columns = [[row for part in every for row in part[i]] for i in range(3)]
+    return dict(_figures(Seen(*columns)))
 
 
 def _figures(of: Seen) -> Iterator[tuple[str, float]]:
     rewards = torch.tensor(of.rewards, dtype=torch.float64)
     lengths = torch.tensor([len(ids) for ids in of.token_ids])
-    if len(rewards) > 1:
-        yield "reward_std", rewards.std().item()
-        yield "reward_length_correlation", correlation(rewards, lengths).item()
+    yield "reward_std", rewards.std().item() if len(rewards) > 1 else math.nan
+    yield "reward_length_correlation", correlation(rewards, lengths).item()
     for n in (1, 2):
         yield f"distinct_{n}", distinct_n(of.token_ids, n)
     if of.reference_rewards:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..ranks import of_all_ranks
 from .rollout import Rollout
 from .scoring import Scores
 
@@ -51,9 +52,7 @@ def of_ranks(samples: Samples) -> Samples:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return samples
     device = samples.rollout.prompt_ids.device
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, _moved(samples, torch.device("cpu")))
-    return _moved(joined(parts), device)
+    return _moved(joined(of_all_ranks(_moved(samples, torch.device("cpu")))), device)
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -75,7 +75,7 @@ class TestWheel:
         names = zipfile.ZipFile(wheel).namelist()
         tops = {"lightning_rlhf", f"lightning_rlhf-{lightning_rlhf.__version__}.dist-info"}
         assert {name.split("/")[0] for name in names} == tops
-        assert not [name for name in names if re.search(r"test|benchmark|runs/|wandb|\.ckpt|\.ci|Makefile", name)]
+        assert not [name for name in names if re.search(r"test|benchmark|runs/|wandb/|\.ckpt|\.ci|Makefile", name)]
 
     def test_declares_the_command_line_and_the_licence(self, installed):
         (metadata,) = installed.glob("*.dist-info")

@@ -18,9 +18,7 @@ pytestmark = [  # advice about runs as short as these
 DOCS = Path(__file__).parents[1] / "docs/metrics.md"
 PROMPTS = ("hello", "good", "how are", "fine,")
 SECTIONS = {"Sampled responses", "Updates on them", "Time, memory, progress"}
-OF_OTHERS = {  # names in these sections that this run does not log: those of other methods, of GPUs, and one that is
-    # undefined where all responses have the same length
-    "rollout/reward_length_correlation",
+OF_OTHERS = {  # names in these sections that this run does not log: those of other methods, and of GPUs
     *("rollout/groups_with_spread", "rollout/sampling_rounds", "rollout/best_reward", "rollout/best_length"),
     *("rollout/pair_gap", "rollout/tied_pairs", "val/kl_bound", "throughput/mfu"),
 }

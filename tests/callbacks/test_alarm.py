@@ -128,7 +128,7 @@ def test_one_bad_rank_is_enough(follow, monkeypatch):
     monkeypatch.setattr(
         SingleDeviceStrategy, "reduce_boolean_decision", lambda self, own, all: asked.append(all) or True
     )
-    monkeypatch.setattr(alarm, "gather_objects", lambda own: [own, "that is how it is on the other."])
+    monkeypatch.setattr(alarm, "of_all_ranks", lambda own: [own, "that is how it is on the other."])
     with pytest.warns(AlarmWarning, match="on rank 1, that is how it is on the other"):
         module, _ = follow([TooHigh(action="stop")], [1.0, 1.0])
     assert module.epochs == [0]

@@ -44,7 +44,7 @@ def test_rows_in_data_order(module, tmp_path, capsys):
 def test_even_batches_of_two_ranks(module, tmp_path, monkeypatch, per_sample, num_workers):
     module.predict_step = lambda batch, batch_idx: {"text": [f"{i}{c}" for i in batch for c in "ab"[:per_sample]]}
     parts = []
-    monkeypatch.setattr("lightning_rlhf.callbacks.predictions.gather_objects", lambda rows: parts.append(rows) or parts)
+    monkeypatch.setattr("lightning_rlhf.callbacks.predictions.of_all_ranks", lambda rows: parts.append(rows) or parts)
     for rank in (0, 1):  # 7 rows: rank 0 has 0 2 | 4 6, rank 1 has 1 | 3 5
         loader = ResumableLoader(
             Rows(range(7)), EvenBatches(7, 2, 2, rank, shuffle=False), collate_fn=list, num_workers=num_workers

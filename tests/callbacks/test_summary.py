@@ -6,7 +6,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rlhf.callbacks import HuggingFaceExport, StageSummary
-from lightning_rlhf.callbacks._shared import wall_time
 from lightning_rlhf.callbacks.summary import choose
 
 
@@ -38,10 +37,6 @@ def test_choice_of_metrics():
     assert len(choose(metrics, None)) == 14
     assert choose({"policy/kl": 1.0, "train/loss": 0.123456}, None) == [("train/loss", "0.1235")]
     assert choose(metrics, ["other", "absent"]) == [("other", "1")]
-
-
-def test_wall_time():
-    assert [wall_time(seconds) for seconds in (41.6, 185, 7630)] == ["42 s", "3 min 05 s", "2 h 07 min"]
 
 
 def test_quiet_beyond_rank_zero(fit, tmp_path, capsys, monkeypatch):

@@ -269,7 +269,7 @@ def test_the_first_bad_loss_and_its_rank():
 
 def test_the_rank_with_the_bad_loss_is_named(train, monkeypatch, tmp_path):
     """Where gradients are averaged, a NaN is in those of all ranks."""
-    monkeypatch.setattr(watchdogs, "gather_objects", lambda own: [own, [1.0], [math.nan]])
+    monkeypatch.setattr(watchdogs, "of_all_ranks", lambda own: [own, [1.0], [math.nan]])
     monkeypatch.setattr(L.Trainer, "world_size", 3)
     monkeypatch.setattr(watchdogs, "any_rank", lambda trainer, flag: bool(flag))
     with pytest.raises(NonFiniteError, match=r"the loss is nan on rank 2 and 2 gradients .*rank=2\)"):

@@ -37,6 +37,9 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
     return {(trial["name"], trial["label"]): trial for trial in json.loads((folder / "trials.json").read_text())}
 
 
+CLOCKS = ("time/", "throughput/", "memory/")  # what a run takes, not what it learns
+
+
 def last_checkpoint(trial: dict) -> dict:
     return torch.load(Path(trial["root"]) / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -50,7 +53,7 @@ def metrics(trial: dict) -> dict[tuple[int, str], str]:
             for row in csv.DictReader(file):
                 values = {name: value for name, value in row.items() if value and name not in ("step", "epoch")}
                 found |= {(int(row["step"]), name): value for name, value in values.items()}
-    return {key: value for key, value in found.items() if not key[1].startswith(("time/", "throughput/"))}
+    return {key: value for key, value in found.items() if not key[1].startswith(CLOCKS)}
 
 
 def assert_equal(found: object, expected: object, where: str) -> None:

@@ -90,8 +90,9 @@ def assert_same(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found["parameters"][name], value, rtol=2e-5, atol=2e-6, msg=f"{name} differs")
     names = [name for name in expected["metrics"] if not name.startswith(("time/", "throughput/"))]
     if "val/pearson" in names:  # ratings: these are over the pairs within a batch
-        of_pairs = "train/agreement" if "val/level_calibration_error" in names else "val/loss"
-        names = [name for name in names if name not in (of_pairs, "val/calibration_error")]
+        ordinal = "val/level_calibration_error" in names
+        of_pairs = ("train/agreement", "train/margin") if ordinal else ("val/loss",)
+        names = [name for name in names if name not in (*of_pairs, "val/calibration_error")]
     assert "train/loss" in names
     for name in names:
         assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-4, abs=1e-5, nan_ok=True), name

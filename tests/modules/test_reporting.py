@@ -1,6 +1,7 @@
 """What on-policy modules log and keep to be looked at, restated from the samples themselves."""
 
 import itertools
+import math
 import statistics
 
 import pytest
@@ -32,10 +33,12 @@ def test_figures_of_a_set_by_hand():
     assert found["win_rate_low"] < found["win_rate"] < found["win_rate_high"]
 
 
-def test_what_is_not_defined_is_left_out():
+def test_what_is_not_defined_is_not_a_number():
     found = figures_of_all([Seen([1.0, 3.0], [[5], [6]], [])])
-    assert found.keys() == {"reward_std", "distinct_1", "distinct_2"}
-    assert figures_of_all([Seen([1.0], [[5]], [])]).keys() == {"distinct_1", "distinct_2"}
+    assert found.keys() == {"reward_std", "reward_length_correlation", "distinct_1", "distinct_2"}
+    assert math.isnan(found["reward_length_correlation"])
+    assert found["reward_std"] == pytest.approx(2**0.5)
+    assert math.isnan(figures_of_all([Seen([1.0], [[5]], [])])["reward_std"])
 
 
 def test_batches_and_their_order_change_no_figure():
