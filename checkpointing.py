@@ -83,6 +83,8 @@ def settle(checkpoint: dict[str, Any]) -> None:
     if over:
         batches["current"] = dict.fromkeys(current, 0)
         batches["is_last_batch"] = False
+        # What loggers count by; it was saved before the last step was added.
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint with two differences, both of runs with a `monitor`. Its arguments are the same.
+    """ModelCheckpoint with three differences. Its arguments are the same.
 
-    1. With `save_last: true`, `last.ckpt` is written at every epoch (or validation) that `every_n_epochs` names.
-       Lightning writes it only where the monitored value was among the best, so that a resumed run would start from
-       the best epoch instead of the last.
+    1. With a `monitor` and `save_last: true`, `last.ckpt` is written at every epoch (or validation) that
+       `every_n_epochs` names. Lightning writes it only where the monitored value was among the best, so that a resumed
+       run would start from the best epoch instead of the last.
     2. A monitor `val/...` counts only at an epoch that was validated. Elsewhere Lightning finds the value of an earlier
        epoch, and keeps a model under it that was not measured; or it finds none, and stops the run.
+    3. With `save_last: true`, `last.ckpt` is written at the end of training if the last step has none, as with
+       `every_n_train_steps: 100` and 150 steps. Lightning does so only if it has written none at all.
     """
 
     _validated_at = -1  # the global step
@@ -28,6 +30,11 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.save_last is True and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _is_unmeasured(self, trainer: L.Trainer) -> bool:
         return (self.monitor or "").startswith("val/") and self._validated_at != trainer.global_step

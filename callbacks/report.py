@@ -98,7 +98,7 @@ class RunReport(L.Callback):
     # In `teardown`, the last hook, so that the files of all callbacks before this one are there.
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and (path := self._write(trainer)):
-            print(f"{outcome(path.parent)} Report: {path}")
+            print(f"{outcome(path.parent)} Report: {path}".lstrip())
 
     def _write(self, trainer: L.Trainer) -> Path | None:
         """The page's path; None where it could not be written, and on other ranks."""

@@ -38,8 +38,14 @@ def test_the_last_checkpoint_is_of_the_last_epoch(saved):
     assert keeper.last_model_path.endswith("last.ckpt")
 
 
-def test_the_last_checkpoint_is_as_seldom_as_asked_for(saved):
-    assert saved([0.1, 0.5, 0.2, 0.1, 0.3], every_n_epochs=2, **BEST)[1] == {"epoch=1": 1, "last": 3}
+def test_the_last_checkpoint_is_as_seldom_as_asked_for_and_of_the_end(saved):
+    assert saved([0.1, 0.5, 0.2, 0.1, 0.3], every_n_epochs=2, **BEST)[1] == {"epoch=1": 1, "last": 5}
+
+
+def test_the_last_step_has_a_checkpoint(saved):
+    options = dict(save_last=True, every_n_train_steps=4)
+    keeper, _ = saved([0.1, 0.5, 0.2], **options)  # two steps an epoch
+    assert torch.load(keeper.last_model_path, weights_only=True)["global_step"] == 6
 
 
 def test_without_save_last_there_is_none(saved):

@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
@@ -263,6 +264,18 @@ def test_a_last_step_of_fewer_batches_is_a_mean_too(policy, fit, gradients):
 def test_arguments_that_make_no_sense_are_named(sft, options, message):
     with pytest.raises(ValueError, match=message):
         sft(**options)
+
+
+def test_steps_are_counted_on_from_a_checkpoint_behind_an_epochs_last_batch(sft, fit, tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    fit(sft(), [BATCH, BATCH], callbacks=[Save()], max_epochs=2)
+    resumed = fit(sft(), [BATCH, BATCH], ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
+    assert resumed.trainer.global_step == 4
+    assert resumed.trainer.fit_loop.epoch_loop._batches_that_stepped == 4  # what loggers count by
 
 
 def test_checkpoints_of_another_library_are_refused(sft, fit, tmp_path):
