@@ -46,10 +46,11 @@ class OfflineRun:
 
     Args:
         root: where `wandb/` is.
+        kind: what its folder is called before the date: an online run leaves such a file, too.
     """
 
-    def __init__(self, root: Path) -> None:
-        (self.folder,) = sorted(root.glob("wandb/offline-run-*"))
+    def __init__(self, root: Path, kind: str = "offline-run") -> None:
+        (self.folder,) = sorted(root.glob(f"wandb/{kind}-*"))
         self.history: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}

@@ -1,11 +1,15 @@
 """Loggers that are sabotaged: a full disk, a server that is down or never answers, a service that dies."""
 
 import errno
+import json
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lightning as L
@@ -319,6 +323,44 @@ close_wandb([logger])
 """
 
 
+class WandbServer(ThreadingHTTPServer):
+    """As much of W&B as a run's start takes; afterwards it takes no upload, or is gone."""
+
+    daemon_threads = True
+
+    def __init__(self, then: str) -> None:
+        super().__init__(("127.0.0.1", 0), WandbHandler)
+        self.then, self.asked_for = then, []
+
+
+class WandbHandler(BaseHTTPRequestHandler):
+    """One request to it."""
+
+    server: WandbServer
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked_for.append(self.path.rpartition("/")[2])
+        if self.path != "/graphql":
+            if self.server.then == "takes no upload":
+                time.sleep(60)
+            self.server.socket.close()
+            return
+        project = {"id": "p", "name": "test", "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": "run", "displayName": "run", "config": "{}", "project": project}
+        data = {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        data |= {"serverInfo": {"features": []}, "upsertBucket": {"bucket": bucket, "inserted": True}}
+        data |= {"model": {"bucket": None}, "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
+        text = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the screen."""
+
+
 class TestWandbInAProcess:
     @pytest.mark.parametrize("answers", ["refuses", pytest.param("never answers", marks=pytest.mark.slow)])
     def test_a_server_that_is_down_at_the_start(self, answers, tmp_path):
@@ -330,6 +372,18 @@ class TestWandbInAProcess:
             said = in_a_process(ONLINE, tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY="a" * 40)
         assert said.count("W&B cannot be reached, so this run is offline") == 1
         assert len(OfflineRun(tmp_path).series("trainer/global_step", "train/loss")) == 12
+
+    @pytest.mark.parametrize("then", ["takes no upload", "is gone"])
+    def test_a_server_that_fails_after_a_good_start(self, then, tmp_path):
+        server = WandbServer(then)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        said = in_a_process(ONLINE, tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY="a" * 40)
+        server.server_close()
+        assert server.asked_for.count("file_stream") >= 1  # it came as far as uploading
+        assert "Traceback" not in said
+        left = OfflineRun(tmp_path, "run")  # what was not uploaded is on disk, for `wandb sync`
+        assert [x for x, _ in left.series("trainer/global_step", "train/loss")] == list(range(12))
 
     def test_its_service_dies_during_the_run(self, tmp_path):
         said = in_a_process(
