@@ -328,6 +328,7 @@ def test_reported_figures_are_those_of_the_samples(ppo, fit, moved, policy):
         "rollout/reward": sum(letters_of(e)) / 6,
         "rollout/reward/letters": sum(letters_of(e)) / 6,
         "rollout/kl": sum(kls) / 6,
+        "rollout/kl_k3": sum(k3) / 6,
         "rollout/kl_k3_per_token": sum(k3) / len(k3),
         "rollout/entropy": sum(entropies) / len(entropies),
         "rollout/response_length": sum(lengths) / 6,
