@@ -25,9 +25,9 @@ from .checkpointing import TENSORS, beside, load_folder
 from .hub import check_push, push
 from .model_card import CARD, MARK, CardFacts, write_card
 from .modules import TextModule
-from .modules.backbone import Scorer
 from .modules.checks import require
 from .modules.exporting import ADAPTER, WHOLE, remove
+from .modules.scorer import Scorer
 from .pretrained import resolve
 
 RUN = "run.json"  # what the Provenance callback leaves in a run's folder

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_rlhf.modules import PPOModule, PreferenceModule, TextModule
-from lightning_rlhf.modules.backbone import response_outputs
 
 EOS, LETTERS, LENGTH = 0, (1, 2, 3), 3
 
@@ -98,7 +97,7 @@ def whole_sequences() -> tuple[Tensor, Tensor]:
 def log_distribution(model: nn.Module) -> Tensor:
     """log π of every response."""
     ids, mask = whole_sequences()
-    logprobs = response_outputs(model, ids, mask, LENGTH).logits.double().log_softmax(-1)
+    logprobs = model(ids, mask).logits[:, -LENGTH - 1 : -1].double().log_softmax(-1)
     return (logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
 
 

@@ -69,8 +69,8 @@ def _ids(run: Run, *shape: int) -> Tensor:
 
 
 def _losses(module: PPOModule, batch: PPOExperience) -> tuple[Tensor, Tensor]:
-    logits, hidden = module.response_outputs(module.policy, batch)
-    return module.logprobs(logits, batch), module.values(batch, hidden)[:, :-1]
+    said = module.read(module.policy, batch)
+    return said.logprobs, module.values(batch, said.hidden)[:, :-1]
 
 
 def _autocast(run: Run, function: nn.Module) -> object:

@@ -54,8 +54,8 @@ def main() -> None:
     minibatch = trimmed(PPOExperience(*(field[: args.minibatch] for field in rows)))
 
     def update() -> None:
-        logits, hidden = module.response_outputs(module.policy, minibatch)
-        loss = module.logprobs(logits, minibatch).sum() + module.values(minibatch, hidden).sum()
+        said = module.read(module.policy, minibatch)
+        loss = said.logprobs.sum() + module.values(minibatch, said.hidden).sum()
         loss.backward()
 
     phases = {

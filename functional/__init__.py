@@ -28,6 +28,7 @@ from .diversity import distinct_n, unique_share
 from .groups import group_centered, group_normalized, grouped, has_spread, leave_one_out, returns_to_go
 from .kl import adaptive_kl_coef, exact_kl, kl_k1, kl_k2, kl_k3
 from .kto import kto_loss, kto_reference_point
+from .linear_logprobs import SampledFrom, TokenLikelihoods, linear_logprobs
 from .logprobs import entropy, forbid_tokens, token_logprobs
 from .losses import (
     bradley_terry_loss,
@@ -76,6 +77,8 @@ from .statistics import bootstrap_interval, correlation, wins
 __all__ = [
     "AdvantageEstimate",
     "Parts",
+    "SampledFrom",
+    "TokenLikelihoods",
     "adaptive_kl_coef",
     "alpha_link",
     "bootstrap_interval",
@@ -108,6 +111,7 @@ __all__ = [
     "kto_reference_point",
     "last_index",
     "leave_one_out",
+    "linear_logprobs",
     "log_odds",
     "masked_mean",
     "masked_mean_and_var",

@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..functional import token_logprobs
-from .backbone import load_causal_lm, logits_at
+from .backbone import load_causal_lm
+from .reading import logits_at, read
 from .reference import FrozenReference
 from .reference_cache import ReferenceCache, fill, open_cache
 from .text_module import TextModule
@@ -30,7 +31,19 @@ def completion_logprobs(network: nn.Module, batch: dict[str, Tensor]) -> Complet
         network: a causal LM.
         batch: `input_ids`, `attention_mask` and `loss_mask` (True at completion tokens), all (B, L), right-padded.
     """
-    return completions_of(completion_logits(network, batch), batch)
+    where = targets(batch)
+    return summed(read(network, batch["input_ids"], batch["attention_mask"], where).logprobs, where)
+
+
+def targets(batch: dict[str, Tensor]) -> Tensor:
+    """(B, L) bool, the completion tokens; a sequence's first token has nothing before it, and is none."""
+    return pad(batch["loss_mask"][:, 1:], (1, 0))
+
+
+def summed(per_token: Tensor, where: Tensor) -> Completions:
+    """Sums over the completions of (N,) log-probabilities of their tokens, which are where (B, L) says."""
+    rows = where.nonzero()[:, 0]
+    return Completions(per_token.new_zeros(len(where)).index_add(0, rows, per_token), where.sum(1))
 
 
 def completion_logits(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -41,10 +54,8 @@ def completion_logits(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def completions_of(logits: Tensor, batch: dict[str, Tensor]) -> Completions:
     """From the (N, V) logits of `completion_logits` to sums over the tokens of each completion."""
-    mask = batch["loss_mask"][:, 1:]
-    per_token = token_logprobs(logits, batch["input_ids"][:, 1:][mask])  # (N,)
-    rows = mask.nonzero()[:, 0]
-    return Completions(per_token.new_zeros(len(mask)).index_add(0, rows, per_token), mask.sum(1))
+    where = targets(batch)
+    return summed(token_logprobs(logits, batch["input_ids"][where]), where)
 
 
 class CompletionModule(TextModule):

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..pretrained import resolve
-from .backbone import NORMALIZER, Scorer, adapter_base, merged, unwrapped
+from .backbone import NORMALIZER, adapter_base, unwrapped
+from .scorer import Scorer, merged
 
 WHOLE = ("config.json", "generation_config.json", "model*.safetensors*")
 ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NORMALIZER)

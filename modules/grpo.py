@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import entropy, has_spread
+from ..functional import has_spread
 from .checks import require
 from .compositions import Advantage, Aggregation, GroupNormalized, Objective, SequenceMean, TokenRatio
 from .policy_gradient import PolicyGradientModule
@@ -105,13 +105,13 @@ class GRPOModule(PolicyGradientModule):
     def training_step(self, batch: GroupExperience, batch_idx: int) -> Tensor:
         """The composed loss of a minibatch."""
         hparams, mask = self.hparams, batch.response_mask
-        logits, _ = self.response_outputs(self.policy, batch)
-        logprobs = self.logprobs(logits, batch)
+        said = self.read(self.policy, batch, with_entropy=self.entropy_coef > 0)
+        logprobs = said.logprobs
         policy_loss = loss = self.objective.loss(logprobs, batch.logprobs, batch.advantages, mask)  # (B, T)
         if hparams.kl_in == "loss" and self.kl_coef:
             loss = loss + self.kl_coef * self.kl(logprobs, batch.ref_logprobs)
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy(logits, hparams.temperature)
+            loss = loss - self.entropy_coef * said.entropy
         clipped = self.objective.is_clipped(logprobs, batch.logprobs, mask)
         self.log_update(batch, batch_idx, logprobs, policy_loss, clipped)
         return self.mean_loss(*self.aggregation(loss, mask))

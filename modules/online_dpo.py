@@ -111,8 +111,7 @@ class OnlineDPOModule(OnPolicyModule):
     def training_step(self, batch: PairExperience, batch_idx: int) -> Tensor:
         """Summed loss over the pairs of a minibatch."""
         mask = batch.response_mask
-        logits, _ = self.response_outputs(self.policy, batch)
-        columns = (self.logprobs(logits, batch), batch.ref_logprobs)
+        columns = (self.read(self.policy, batch).logprobs, batch.ref_logprobs)
         rows = [*(masked_sum(column, mask, dim=1) for column in columns), mask.sum(1)]
         better, worse = (Likelihoods(*(column[start::2] for column in rows)) for start in (0, 1))
         losses = self.objective.loss(better, worse), self.objective.loss(worse, better)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from ..functional import (
     clipped_policy_loss,
     clipped_value_loss,
-    entropy,
     explained_variance,
     gae,
     is_clipped,
@@ -27,12 +26,13 @@ from ..functional import (
     scale_to_unit_variance,
     whiten,
 )
-from .backbone import Scorer, unwrapped
+from .backbone import unwrapped
 from .checks import require
 from .experience import Experience
 from .policy_gradient import PolicyGradientModule
 from .rollout import Rollout
 from .rollout_module import Reward, whole_sequences
+from .scorer import Scorer
 from .sharing import load_scorer, shared_base
 
 
@@ -165,13 +165,13 @@ class PPOModule(PolicyGradientModule):
     def training_step(self, batch: PPOExperience, batch_idx: int) -> Tensor:
         """Clipped policy and value losses, summed over the response tokens of a minibatch."""
         hparams, mask = self.hparams, batch.response_mask
-        logits, hidden = self.response_outputs(self.policy, batch)
-        logprobs, values = self.logprobs(logits, batch), self.values(batch, hidden)[:, :-1]
+        said = self.read(self.policy, batch, with_entropy=self.entropy_coef > 0)
+        logprobs, values = said.logprobs, self.values(batch, said.hidden)[:, :-1]
         policy_loss = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, hparams.clip_range)
         value_loss = clipped_value_loss(values, batch.values, batch.returns, hparams.clip_range_value)
         loss = policy_loss + hparams.vf_coef * value_loss  # (B, T)
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy(logits, hparams.temperature)
+            loss = loss - self.entropy_coef * said.entropy
         clipped = is_clipped(logprobs, batch.logprobs, hparams.clip_range)
         of_values = {"value/loss": value_loss}
         if hparams.clip_range_value is not None:

@@ -98,8 +98,8 @@ class RFTModule(OnPolicyModule):
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Summed negative log-likelihood of the best responses."""
-        logits, _ = self.response_outputs(self.policy, batch)
-        return self.mean_loss(-masked_sum(self.logprobs(logits, batch), batch.response_mask), batch.response_mask.sum())
+        logprobs = self.read(self.policy, batch).logprobs
+        return self.mean_loss(-masked_sum(logprobs, batch.response_mask), batch.response_mask.sum())
 
 
 class BestOfNModule(RolloutModule):

@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbone import Scorer, unwrapped
+from .backbone import unwrapped
 from .metrics import Moments
 from .reward_evaluation import RewardEvaluation
 from .reward_objectives import Preferences, RewardObjective
+from .scorer import Scorer
 from .text_module import TextModule
 
 

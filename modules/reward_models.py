@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..pretrained import load_tokenizer
-from .backbone import Scorer
 from .checks import require
+from .reading import set_fast_paths
 from .reward_terms import Responses, Scores
+from .scorer import Scorer
 from .sharding import num_chunks, shard, skeleton_unless_first
 from .sharing import SharedBase, load_scorer
 
@@ -24,11 +25,20 @@ class ModelReward:
         dtype: of the backbone's weights.
         batch_size: most texts in one forward.
         load_in_4bit: backbone in 4 bits, as a policy's must be to be shared with; see `TextModule`.
+        padding_free: see `TextModule`.
     """
 
-    def __init__(self, model: object, dtype: str = "float32", batch_size: int = 32, load_in_4bit: bool = False) -> None:
+    def __init__(
+        self,
+        model: object,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        load_in_4bit: bool = False,
+        padding_free: bool = True,
+    ) -> None:
         self.name = "reward_model"
         self._spec, self._dtype, self._batch_size, self._load_in_4bit = model, dtype, batch_size, load_in_4bit
+        self._padding_free = padding_free
         self._scorer: Scorer | None = None
         self._mesh: DeviceMesh | None = None
 
@@ -45,6 +55,7 @@ class ModelReward:
             scorer = load_scorer(module, self._dtype, load_in_4bit=self._load_in_4bit, base=base)
             self._scorer, self._tokenizer = scorer, load_tokenizer(module)
         self._scorer.eval().requires_grad_(False)
+        set_fast_paths(self._scorer, self._padding_free, fused_logprobs=False, fused_norms=False)
 
     @torch.no_grad()
     def __call__(self, given: Responses) -> Tensor:
@@ -102,6 +113,7 @@ class EnsembleReward:
         dtype: of the backbones' weights.
         batch_size: most texts in one forward.
         load_in_4bit: backbones in 4 bits, as a policy's must be to be shared with; see `TextModule`.
+        padding_free: see `TextModule`.
     """
 
     def __init__(
@@ -112,12 +124,14 @@ class EnsembleReward:
         dtype: str = "float32",
         batch_size: int = 32,
         load_in_4bit: bool = False,
+        padding_free: bool = True,
     ) -> None:
         is_several = isinstance(models, list | tuple) and len(models) >= 2
         require("models", is_several, "a list of at least two reward models", models)
         require("uncertainty_penalty", uncertainty_penalty >= 0, "at least 0", uncertainty_penalty)
         self.name = "ensemble"
-        self.members = [ModelReward(model, dtype, batch_size, load_in_4bit) for model in models]
+        how = (dtype, batch_size, load_in_4bit, padding_free)
+        self.members = [ModelReward(model, *how) for model in models]
         self.uncertainty_penalty, self.conservative = uncertainty_penalty, conservative
 
     def __call__(self, given: Responses) -> Scores:

@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from ..functional import forbid_tokens, position_ids, response_mask
+from ..functional import SampledFrom, forbid_tokens, response_mask
 from ..loaders import generator_for
+from .decoding import Decoding
 
 
 class Sampling(NamedTuple):
@@ -37,9 +37,12 @@ class Sampling(NamedTuple):
         eos = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
         return cls(max_new_tokens, tuple(eos), tokenizer.pad_token_id, **kwargs)
 
-    def constrain(self, logits: Tensor) -> Tensor:
-        """Logits (B, T, V) of the policy that is really sampled from: no EOS before `min_new_tokens`."""
-        return forbid_tokens(logits, self.eos_token_ids, self.min_new_tokens) if self.min_new_tokens else logits
+    def of_tokens(self, mask: Tensor) -> SampledFrom:
+        """The distribution that the response tokens of a mask (B, T) are from, row by row: it has no early EOS."""
+        if not self.min_new_tokens:
+            return SampledFrom(self.temperature)
+        is_early = torch.arange(mask.shape[1], device=mask.device) < self.min_new_tokens
+        return SampledFrom(self.temperature, self.eos_token_ids, is_early.expand_as(mask)[mask])
 
 
 class Rollout(NamedTuple):
@@ -81,6 +84,7 @@ def sample(
     sampling: Sampling,
     noise: Tensor | torch.Generator | None = None,
     any_rank: Callable[[Tensor], Tensor] | None = None,
+    compact: bool = True,
 ) -> Rollout:
     """Sample one response per prompt from softmax(logits / temperature).
 
@@ -93,37 +97,27 @@ def sample(
             torch's global one.
         any_rank: tells whether a flag is True on any rank. Needed where a forward pass takes all ranks (sharded
             weights): the last to finish then decides. None decides alone.
+        compact: read a prompt that stands in several rows once, and let go of rows that have ended.
     """
+    shape, device = (len(prompt_ids), sampling.max_new_tokens), prompt_ids.device
     if not isinstance(noise, Tensor):
-        shape, device = (len(prompt_ids), sampling.max_new_tokens), prompt_ids.device
         noise = torch.rand(shape, dtype=torch.float64, device=device, generator=noise)
     was_training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
-    mask, tokens = prompt_mask.long(), prompt_ids
-    position = position_ids(mask)
-    running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache, response = None, []
+    response_ids = torch.full(shape, sampling.pad_token_id, device=device)
+    running = torch.ones(shape[:1], dtype=torch.bool, device=device)
+    eos = torch.tensor(sampling.eos_token_ids, device=device)
+    batch = Decoding.start(model, prompt_ids, prompt_mask.long(), compact)
     for step in range(sampling.max_new_tokens):
-        out = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = out.past_key_values
-        drawn = _draw(out.logits[:, -1:], step, sampling, noise[:, step : step + 1])  # (B, 1)
-        tokens = drawn.where(running[:, None], sampling.pad_token_id)
-        response.append(tokens)
-        running = running & ~torch.isin(drawn[:, 0], torch.tensor(sampling.eos_token_ids, device=drawn.device))
-        if not (running.any() if any_rank is None else any_rank(running.any())):
+        drawn = _draw(batch.logits, step, sampling, noise[batch.rows, step : step + 1])  # (rows, 1)
+        tokens = drawn.where(running[batch.rows, None], sampling.pad_token_id)
+        response_ids[batch.rows, step] = tokens[:, 0]
+        running[batch.rows] &= ~torch.isin(drawn[:, 0], eos)
+        others_run = any_rank is not None and any_rank(running.any())
+        if step + 1 == sampling.max_new_tokens or not (running.any() or others_run):
             break
-        mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
-        position = position[:, -1:] + 1
+        batch.step(tokens, running[batch.rows])
     model.train(was_training)
-    missing = sampling.max_new_tokens - len(response)
-    response_ids = pad(torch.cat(response, dim=1), (0, missing), value=sampling.pad_token_id)  # (B, T)
     counts = response_mask(response_ids, sampling.eos_token_ids)
     return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running)
 

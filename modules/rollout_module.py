@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..functional import entropy, penalize_missing_eos, soft_overlong_penalty, token_logprobs
-from .backbone import load_causal_lm, response_outputs
+from ..functional import penalize_missing_eos, soft_overlong_penalty
+from .backbone import load_causal_lm
 from .checks import require
 from .experience import Experience, TokenStatistics
+from .reading import read
 from .reference import FrozenReference
 from .reporting import Seen, figures_of_all, report, seen
 from .rollout import Rollout, Sampling, row_noise, sample, texts, trimmed
@@ -23,6 +24,17 @@ from .text_module import TextModule
 
 Reward = str | dict | list[str | dict | Callable | nn.Module] | Callable | nn.Module
 Sampler = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class ResponseReading(NamedTuple):
+    """What a causal LM says of sampled responses."""
+
+    logprobs: Tensor
+    """(B, T) float32, at the sampling temperature; 0 outside the mask."""
+    entropy: Tensor | None
+    """(B, T) float32 likewise; None if it was not asked for."""
+    hidden: Tensor
+    """(B, T + 1, H) last hidden states before each response token, and if asked for after the last."""
 
 
 class RolloutModule(TextModule):
@@ -45,6 +57,8 @@ class RolloutModule(TextModule):
             (DAPO); 0 is off.
         forward_batch_size: most sequences in one scoring pass (policy, reference, reward model); sampling takes all at
             once.
+        compact_rollouts: read a prompt once for all its responses, and let go of responses that have ended while the
+            others go on. It changes the speed alone.
         **kwargs: see `TextModule`.
     """
 
@@ -64,6 +78,7 @@ class RolloutModule(TextModule):
         missing_eos_penalty: float = 0.0,
         overlong_buffer: int = 0,
         forward_batch_size: int = 32,
+        compact_rollouts: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -71,7 +86,8 @@ class RolloutModule(TextModule):
         require("temperature", temperature > 0, "above 0", temperature)
         require("min_new_tokens", 0 <= min_new_tokens <= max_new_tokens, f"0 to {max_new_tokens=}", min_new_tokens)
         require("overlong_buffer", 0 <= overlong_buffer <= max_new_tokens, f"0 to {max_new_tokens=}", overlong_buffer)
-        terms = [] if reward is None else reward_terms(reward, self.hparams.dtype, forward_batch_size)
+        h = self.hparams
+        terms = [] if reward is None else reward_terms(reward, h.dtype, forward_batch_size, h.padding_free)
         self.rewards = WeightedRewards(terms, reward_weights)
         self.policy: nn.Module | None = None
         self._seen: list[Seen] = []  # in this evaluation
@@ -111,7 +127,7 @@ class RolloutModule(TextModule):
         noise = row_noise(rows, self.hparams.max_new_tokens, self.seed, *stream).to(self.device)
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         with (sampler or self.sampler)() as network:
-            return sample(network, ids, mask, self.sampling, noise, self.any_rank)
+            return sample(network, ids, mask, self.sampling, noise, self.any_rank, self.hparams.compact_rollouts)
 
     @contextmanager
     def sampler(self) -> Iterator[nn.Module]:
@@ -154,22 +170,34 @@ class RolloutModule(TextModule):
         return TokenStatistics(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
     def _chunk_statistics(self, chunk: Rollout) -> TokenStatistics:
-        logits, hidden = self.response_outputs(self.policy, chunk)
-        logprobs, entropies = self.logprobs(logits, chunk), entropy(logits, self.hparams.temperature)
-        values = self.values(chunk, hidden)  # (B, T + 1)
+        said = self.read(self.policy, chunk, with_entropy=True, to_the_end=True)
+        values = self.values(chunk, said.hidden)  # (B, T + 1)
         value_after = values.gather(1, chunk.response_mask.sum(1, keepdim=True)).squeeze(1)
         with self.reference() as reference:
-            ref_logprobs = self.logprobs(self.response_outputs(reference, chunk)[0], chunk)
-        return TokenStatistics(logprobs, ref_logprobs, entropies, values[:, :-1], value_after)
+            ref_logprobs = self.read(reference, chunk).logprobs
+        return TokenStatistics(said.logprobs, ref_logprobs, said.entropy, values[:, :-1], value_after)
 
-    def response_outputs(self, model: nn.Module, e: Experience | Rollout) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) that were sampled from, and hidden states (B, T + 1, H), of a Rollout or an Experience."""
-        logits, hidden = response_outputs(model, *whole_sequences(e), e.response_ids.shape[1])
-        return self.sampling.constrain(logits), hidden
+    def read(
+        self, network: nn.Module, e: Experience | Rollout, with_entropy: bool = False, to_the_end: bool = False
+    ) -> ResponseReading:
+        """What a network says of the responses of a Rollout or an Experience, as the distribution they are from.
 
-    def logprobs(self, logits: Tensor, e: Experience | Rollout) -> Tensor:
-        """(B, T) log-probabilities of the response tokens, at the sampling temperature."""
-        return token_logprobs(logits, e.response_ids, self.hparams.temperature)
+        Args:
+            network: a causal LM.
+            e: the responses.
+            with_entropy: whether entropies are asked for.
+            to_the_end: whether the hidden state after the last token is asked for.
+        """
+        ids, attention_mask = whole_sequences(e)
+        width, mask = e.prompt_ids.shape[1], e.response_mask
+        where = torch.cat([torch.zeros_like(e.prompt_mask), mask], dim=1)
+        also = where if to_the_end else None
+        said = read(network, ids, attention_mask, where, self.sampling.of_tokens(mask), with_entropy, hidden_at=also)
+        logprobs, entropies = (
+            None if flat is None else torch.zeros_like(mask, dtype=flat.dtype).masked_scatter(mask, flat)
+            for flat in (said.logprobs, said.entropy)
+        )
+        return ResponseReading(logprobs, entropies, said.hidden[:, width - 1 :])
 
     def values(self, e: Experience | Rollout, hidden: Tensor) -> Tensor:
         """(B, T + 1) values before each response token and after the last; methods without a value model have 0."""

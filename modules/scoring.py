@@ -135,7 +135,7 @@ def _checked(name: str, earned: Tensor | Scores, given: Responses) -> Scores:
     )
 
 
-def reward_terms(spec: Any, dtype: str, batch_size: int) -> list[RewardTerm]:
+def reward_terms(spec: Any, dtype: str, batch_size: int, padding_free: bool = True) -> list[RewardTerm]:
     """The rewards that a flag names: functions are imported now, models are loaded when they are first needed.
 
     Args:
@@ -146,10 +146,11 @@ def reward_terms(spec: Any, dtype: str, batch_size: int) -> list[RewardTerm]:
             the URL of a service, see `HTTPReward`.
         dtype: of the weights of reward models.
         batch_size: most texts in one forward of a reward model.
+        padding_free: of reward models, see `TextModule`.
     """
     if isinstance(spec, list | tuple):
-        return [term for one in spec for term in reward_terms(one, dtype, batch_size)]
-    models = {"dtype": dtype, "batch_size": batch_size}
+        return [term for one in spec for term in reward_terms(one, dtype, batch_size, padding_free)]
+    models = {"dtype": dtype, "batch_size": batch_size, "padding_free": padding_free}
     if isinstance(spec, dict):
         spec = _instance(spec, models)
     elif isinstance(spec, str) and spec.startswith(("http://", "https://")):

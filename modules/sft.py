@@ -7,13 +7,12 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..functional import token_logprobs
-from .backbone import logits_at
 from .checks import require
+from .completions import targets
 from .metrics import Perplexity
+from .reading import read
 from .rollout import Sampling, row_noise, sample, texts
 from .text_module import TextModule
 
@@ -44,10 +43,8 @@ class SFTModule(TextModule):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """(N,) negative log-likelihoods of the N tokens that count."""
-        mask = batch["loss_mask"][:, 1:]
-        before = pad(mask, (0, 1))  # the position before a token predicts it
-        logits = logits_at(self.network, batch["input_ids"], batch["attention_mask"], before)
-        return -token_logprobs(logits, batch["input_ids"][:, 1:][mask])
+        where = targets(batch)
+        return -read(self.network, batch["input_ids"], batch["attention_mask"], where).logprobs
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed negative log-likelihood of the tokens that count."""

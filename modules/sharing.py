@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..pretrained import load_config, resolve
-from .backbone import Scorer, adapter_base
+from .backbone import adapter_base
 from .quantization import is_4bit
+from .scorer import Scorer
 
 
 class SharedBase:

@@ -1,7 +1,6 @@
-"""What every module here shares: a tokenizer, a backbone, one optimizer, and a loss that is a *global* mean."""
+"""What every module here shares: a tokenizer, a backbone, its checkpoints and its export."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,29 +12,25 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpointing import settle
 from ..pretrained import load_tokenizer
 from .backbone import DTYPES, add_lora, load_causal_lm
 from .checks import check_precision, check_strategy, objects_given, require
 from .exporting import save_network
+from .optimization import MeanLossModule
 from .precision import HalfBackbone
 from .quantization import check_4bit
-from .running import RunningFigures
-from .sharding import global_norm, is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
+from .reading import set_fast_paths
+from .sharding import is_sharded, shard, skeleton_unless_first, unsharded, whole_copy
 
 
-class TextModule(RunningFigures):
+class TextModule(MeanLossModule):
     """Base of the language modules.
 
-    Two things that Lightning leaves to its users are done here once.
-
-    1. The loss is a mean over all tokens (or pairs) of the *whole* optimizer step. `training_step` returns a sum and
-       counts its items; before the step the gradient is divided once, by the count over all micro-batches and ranks.
-       So `accumulate_grad_batches`, the number of ranks and the order of the data change no update, however unequal
-       the lengths are.
-    2. A checkpoint holds what is trained and nothing else: with LoRA that is the adapters and the heads.
+    A checkpoint holds what is trained and nothing else: with LoRA that is the adapters and the heads. The loss is a
+    mean over the items of a whole optimizer step, see `MeanLossModule`.
 
     A subclass builds its networks in `build`; under `--trainer.strategy fsdp2` they are then sharded over the ranks.
 
@@ -59,6 +54,11 @@ class TextModule(RunningFigures):
         min_lr_ratio: of `cosine_with_min_lr`: where it ends, as a share of `learning_rate`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: run Python code that comes with the model. Off for good reason.
+        padding_free: pass sequences through a network in one row instead of padded side by side, where the network is
+            of a type that is known to allow it; others are padded. It changes the speed alone.
+        fused_logprobs: go from hidden states to log-probabilities without logits in float32, likewise.
+        fused_norms: compute the gradient of RMSNorms in one go, on a CPU and where their class is known, likewise.
+        fused_optimizer: update all weights in one kernel; not under `16-mixed`, where losses are scaled.
     """
 
     exported = "network"  # the attribute that holds what `load_network` makes
@@ -82,6 +82,10 @@ class TextModule(RunningFigures):
         min_lr_ratio: float = 0.1,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        padding_free: bool = True,
+        fused_logprobs: bool = True,
+        fused_norms: bool = True,
+        fused_optimizer: bool = True,
     ) -> None:
         super().__init__()
         require("dtype", dtype in DTYPES, f"one of {list(DTYPES)}", dtype)
@@ -97,7 +101,6 @@ class TextModule(RunningFigures):
         self._tokenizer_spec = tokenizer
         self.strict_loading = False  # checkpoints hold only what is trained; on_load_checkpoint checks that
         self._resumed_place: dict[str, int] = {}
-        self._loss: Tensor | float = 0.0  # sum and count since the last optimizer step
         self._is_built = False
         self._rows_seen = 0
         self._seed: int | None = None
@@ -128,7 +131,9 @@ class TextModule(RunningFigures):
             return
         with skeleton_unless_first(self.mesh):
             networks = self.build()
+        h = self.hparams
         for network in networks:
+            set_fast_paths(network, h.padding_free, h.fused_logprobs, h.fused_norms)
             shard(network, self.mesh)
         self._is_built = True
 
@@ -171,54 +176,7 @@ class TextModule(RunningFigures):
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups; a subclass with several learning rates names them here."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "name": "train"}]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW and a learning-rate schedule over the optimizer steps of the run."""
-        hparams = self.hparams
-        optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=hparams.learning_rate, weight_decay=hparams.weight_decay, eps=hparams.adam_eps
-        )
-        steps = self.trainer.estimated_stepping_batches
-        if hparams.lr_scheduler != "constant" and not math.isfinite(steps):
-            raise ValueError(
-                f"`lr_scheduler={hparams.lr_scheduler}` needs to know how long the run is, but it has no end: set "
-                "`--trainer.max_epochs` or `--trainer.max_steps`, or use `lr_scheduler=constant`."
-            )
-        share = round(hparams.warmup_ratio * steps) if math.isfinite(steps) else 0
-        with_end = hparams.lr_scheduler == "cosine_with_min_lr"
-        scheduler = get_scheduler(
-            hparams.lr_scheduler,
-            optimizer,
-            num_warmup_steps=share if hparams.warmup_steps is None else hparams.warmup_steps,
-            num_training_steps=steps,
-            scheduler_specific_kwargs={"min_lr_rate": hparams.min_lr_ratio} if with_end else None,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    # --- the loss is a global mean --------------------------------------------------------------------------------
-
-    def mean_loss(self, total: Tensor, count: Tensor | int) -> Tensor:
-        """Hand a training step's summed loss to Lightning, and remember it and how many items it sums."""
-        count = torch.as_tensor(count, device=total.device)
-        self._loss = self._loss + torch.stack([total.detach().double(), count.double()])
-        return total
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the summed gradient by the global count, before it is clipped."""
-        total, count = self.sum_over_ranks(self._loss).tolist()
-        self._loss = 0.0
-        self.log("train/loss", total / max(count, 1), prog_bar=True)
-        # Lightning divided each micro-batch by their number, and the strategy averaged the gradients over ranks.
-        undo = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(undo / max(count, 1))
-        for group in optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            self.log(f"{group.get('name', 'train')}/grad_norm", global_norm(gradients))
+    # --- seed, ranks, weights of a rollout ----------------------------------------------------------------------------
 
     @property
     def seed(self) -> int:

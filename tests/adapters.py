@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from conftest import make_tokenizer
 
-from lightning_rlhf.modules.backbone import Scorer, add_lora
+from lightning_rlhf.modules.backbone import add_lora
 from lightning_rlhf.modules.exporting import save_network
+from lightning_rlhf.modules.scorer import Scorer
 
 
 def save_reward_adapter(base: str, folder: Path, seed: int = 0, r: int = 3) -> str:

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_rlhf.datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
 from lightning_rlhf.export import export, read_checkpoint
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.modules.backbone import Scorer, load_causal_lm
+from lightning_rlhf.modules.backbone import load_causal_lm
+from lightning_rlhf.modules.scorer import Scorer
 from lightning_rlhf.modules.scoring import ModelReward, Responses
 from lightning_rlhf.strategies import FSDP2Strategy
 from lightning_rlhf.train import main

@@ -9,16 +9,10 @@ from adapters import save_reward_adapter
 from conftest import make_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from lightning_rlhf.modules.backbone import (
-    Scorer,
-    add_lora,
-    load_causal_lm,
-    logits_at,
-    merged,
-    response_outputs,
-    unwrapped,
-)
+from lightning_rlhf.modules.backbone import add_lora, load_causal_lm, unwrapped
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
+from lightning_rlhf.modules.reading import logits_at
+from lightning_rlhf.modules.scorer import Scorer, merged
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -108,21 +102,6 @@ def test_a_failed_forward_leaves_no_hook_behind():
     with pytest.raises(IndexError):
         logits_at(model, BATCH + 100, MASK, MASK.bool())
     assert logits(model).shape == (1, 5, 8)
-
-
-@pytest.mark.parametrize("kind", ["full", "lora", "learned positions"])
-def test_response_outputs_are_those_of_each_row_alone(kind, learned_positions):
-    model = {"full": make_llama(vocab_size=8), "lora": adapted(), "learned positions": learned_positions}[kind]
-    with torch.no_grad():
-        got = response_outputs(model, BATCH, MASK, 3)
-        rows = [model(row[mask.bool()][None], output_hidden_states=True) for row, mask in zip(BATCH, MASK, strict=True)]
-    assert got.logits.shape == (2, 3, 8)
-    assert got.hidden.shape == (2, 4, 32)
-    # row 0: prompt 1, response 2 3 4; row 1: prompt 5 6 7, response 1 2
-    torch.testing.assert_close(got.logits[0], rows[0].logits[0, :3])
-    torch.testing.assert_close(got.logits[1, :2], rows[1].logits[0, 2:4])
-    torch.testing.assert_close(got.hidden[0], rows[0].hidden_states[-1][0])
-    torch.testing.assert_close(got.hidden[1, :3], rows[1].hidden_states[-1][0, 2:])
 
 
 # --- scorers ------------------------------------------------------------------------------------------------------

@@ -216,8 +216,7 @@ def test_first_ratio_is_1(grpo, fit, options):
     e = experience_of(module)
     assert not e.prompt_mask.all()
     for batch in module.experience_dataloader(None):
-        logits, _ = module.response_outputs(module.policy, batch)
-        again = module.logprobs(logits, batch)[batch.response_mask]
+        again = module.read(module.policy, batch).logprobs[batch.response_mask]
         torch.testing.assert_close(again, batch.logprobs[batch.response_mask])
 
 

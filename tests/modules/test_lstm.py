@@ -11,9 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_rlhf.modules import RewardModule, SFTModule
-from lightning_rlhf.modules.backbone import Scorer, load_causal_lm, logits_at, response_outputs
+from lightning_rlhf.modules.backbone import load_causal_lm
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification, LSTMModel
+from lightning_rlhf.modules.reading import logits_at, read
 from lightning_rlhf.modules.rollout import Sampling, sample
+from lightning_rlhf.modules.scorer import Scorer
 
 SIZES = dict(vocab_size=8, hidden_size=16, embedding_size=12, num_hidden_layers=2, eos_token_id=EOS, pad_token_id=EOS)
 ROWS = ([3, 1, 4, 1, 5], [2], [6, 5, 3], [7, 7, 2, 1])
@@ -217,15 +219,20 @@ def test_the_ways_a_network_is_read(lstm):
     prompts, responses = ([3, 1, 4], [2], [6, 5]), ([1, 5], [7, 0], [3, 2])
     ids = torch.tensor([[0] * (3 - len(p)) + p + r for p, r in zip(prompts, responses, strict=True)])
     mask = torch.tensor([[0] * (3 - len(p)) + [1] * (len(p) + 2) for p in prompts])
-    got = response_outputs(model, ids, mask, 2)
+    tokens = torch.zeros_like(mask).bool()
+    tokens[:, 3:] = True
+    got = read(model, ids, mask, tokens, with_entropy=True)
     where = torch.zeros_like(mask).bool()
     where[:, 2:4] = True
     picked = logits_at(model, ids, mask, where).view(3, 2, 8)
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         row = prompt + response
-        torch.testing.assert_close(got.logits[number], slow_logits(weights, row)[-3:-1].float())
+        logprobs = slow_logits(weights, row)[-3:-1].log_softmax(-1)
+        said = slice(2 * number, 2 * number + 2)
+        torch.testing.assert_close(got.logprobs[said], logprobs[[0, 1], response].float())
+        torch.testing.assert_close(got.entropy[said], -(logprobs.exp() * logprobs).sum(-1).float())
         torch.testing.assert_close(picked[number], slow_logits(weights, row)[-3:-1].float())
-        torch.testing.assert_close(got.hidden[number], slow(weights, row)[0][-1][-3:].float())
+        torch.testing.assert_close(got.hidden[number, -3:], slow(weights, row)[0][-1][-3:].float())
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

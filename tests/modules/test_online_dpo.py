@@ -206,7 +206,7 @@ def test_a_pair_of_equals_pulls_to_the_reference(fixed):
     """At label ½ and no difference between policy and reference, DPO's gradient is 0."""
     module, e = fixed()
     with torch.no_grad():
-        logprobs = module.logprobs(module.response_outputs(module.policy, e)[0], e)
+        logprobs = module.read(module.policy, e).logprobs
     at_rest = e._replace(ref_logprobs=logprobs.where(e.response_mask, 0.0), preference=torch.full((6,), 0.5))
     _, gradients = slow.gradient_of(module, at_rest)
     assert max(g.abs().max() for g in gradients.values()) < 1e-6

@@ -150,8 +150,7 @@ def test_first_ratio_is_1(ppo, fit, options, pad):
     torch.testing.assert_close(metrics["policy/approx_kl"], torch.tensor(0.0))
     assert metrics["policy/clip_fraction"] == 0
     for batch in module.experience_dataloader(None):
-        logits, _ = module.response_outputs(module.policy, batch)
-        again = module.logprobs(logits, batch)[batch.response_mask]
+        again = module.read(module.policy, batch).logprobs[batch.response_mask]
         torch.testing.assert_close(again, batch.logprobs[batch.response_mask])
 
 

@@ -9,7 +9,7 @@ from adapters import save_reward_adapter
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaForCausalLM
 
-from lightning_rlhf.modules.backbone import Scorer
+from lightning_rlhf.modules.scorer import Scorer
 
 KINDS = ["whole", "adapter", "adapter of another base"]
 

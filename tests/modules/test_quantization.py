@@ -10,9 +10,10 @@ from conftest import make_llama
 from lightning_rlhf.callbacks import HuggingFaceExport
 from lightning_rlhf.export import export
 from lightning_rlhf.modules import RewardModule, SFTModule
-from lightning_rlhf.modules.backbone import Scorer, add_lora, load_causal_lm
+from lightning_rlhf.modules.backbone import add_lora, load_causal_lm
 from lightning_rlhf.modules.exporting import save_network
 from lightning_rlhf.modules.quantization import check_4bit, check_available, in_4bit, is_4bit
+from lightning_rlhf.modules.scorer import Scorer
 from lightning_rlhf.modules.sharing import SharedBase, load_scorer
 
 CUDA = torch.device("cuda")

@@ -7,8 +7,9 @@ from conftest import make_llama
 
 from lightning_rlhf.callbacks.controllers import ReferenceRefresh
 from lightning_rlhf.modules import GRPOModule
-from lightning_rlhf.modules.backbone import add_lora, merged
+from lightning_rlhf.modules.backbone import add_lora
 from lightning_rlhf.modules.reference import FrozenReference
+from lightning_rlhf.modules.scorer import merged
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 

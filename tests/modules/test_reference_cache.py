@@ -370,7 +370,7 @@ def two_ranks(folder) -> list[dict]:
 def test_two_ranks_share_the_work_and_end_where_one_process_does(name, two_ranks, folder):
     expected = whole_state(train(folder, **RUNS[name]))
     for start in ("empty", "full"):
-        assert_same(two_ranks[0][f"{name} {start}"][0], expected, rtol=1e-4, atol=1e-5)
+        assert_same(two_ranks[0][f"{name} {start}"][0], expected, rtol=1e-4, atol=3e-5)
     asked = {start: [rank[f"{name} {start}"][1] for rank in two_ranks] for start in ("empty", "full")}
     assert asked["full"] == [0, 0]
     assert sum(asked["empty"]) == 2 * (len(ROWS) + len(HELD_OUT))

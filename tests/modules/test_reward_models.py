@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lightning_rlhf.modules import RewardModule
-from lightning_rlhf.modules.backbone import Scorer, add_lora, load_causal_lm
+from lightning_rlhf.modules.backbone import add_lora, load_causal_lm
 from lightning_rlhf.modules.reward_models import EnsembleReward, ModelReward
 from lightning_rlhf.modules.reward_terms import Responses
+from lightning_rlhf.modules.scorer import Scorer
 from lightning_rlhf.modules.scoring import WeightedRewards, reward_terms
 from lightning_rlhf.modules.sharing import SharedBase
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lightning_rlhf.functional import token_logprobs
-from lightning_rlhf.modules.backbone import response_outputs
+from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
 from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, Sampling, sample, texts, trimmed
 
@@ -51,12 +51,14 @@ def p_value(drawn, probabilities):
     return stats.chisquare(observed[kept], expected[kept]).pvalue
 
 
+@pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_tokens_follow_the_softmax_at_the_temperature(model, temperature):
+def test_tokens_follow_the_softmax_at_the_temperature(model, temperature, compact):
     n = 20_000
     ids, mask = left_padded(PROMPT, extra=1)
     sampling = Sampling(2, (EOS,), EOS, temperature=temperature)
-    drawn = sample(model, ids.expand(n, -1), mask.expand(n, -1), sampling, generator()).response_ids
+    prompts = ids.expand(n, -1), mask.expand(n, -1)
+    drawn = sample(model, *prompts, sampling, generator(), compact=compact).response_ids
     assert p_value(drawn[:, 0], next_token_probabilities(model, PROMPT, temperature)) > 1e-3
     assert p_value(drawn[:, 0], next_token_probabilities(model, PROMPT, temperature * 1.15)) < 1e-6  # it can tell
     tested = 0
@@ -90,11 +92,12 @@ def test_no_eos_before_the_minimum_length(model):
 
 
 def test_constrained_logprobs_know_the_minimum_length():
-    logits = torch.tensor([1.0, 2.0, 4.0]).log().expand(1, 3, 3)
-    constrained = Sampling(3, (0,), 0, min_new_tokens=2).constrain(logits)
-    expected = torch.tensor([[[0, 2 / 6, 4 / 6], [0, 2 / 6, 4 / 6], [1 / 7, 2 / 7, 4 / 7]]])
-    torch.testing.assert_close(constrained.softmax(-1), expected)
-    assert Sampling(3, (0,), 0).constrain(logits) is logits
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    logits = torch.tensor([1.0, 2.0, 4.0]).log().expand(4, 3)  # of the tokens of the mask, row by row
+    early, late = [0, 2 / 6, 4 / 6], [1 / 7, 2 / 7, 4 / 7]
+    constrained = Sampling(3, (0,), 0, min_new_tokens=2).of_tokens(mask).constrain(logits)
+    torch.testing.assert_close(constrained.softmax(-1), torch.tensor([early, early, late, early]))
+    assert Sampling(3, (0,), 0).of_tokens(mask).constrain(logits) is logits
 
 
 @pytest.mark.parametrize("kind", ["rotary", "learned positions"])
@@ -104,13 +107,15 @@ def test_cached_decoding_has_the_logits_of_the_full_forward(model, learned_posit
     for seed in range(20):  # the first noise with which the lengths differ
         seen = []
         hook = model.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.logits[:, -1]))
-        rollout = sample(model, ids, mask, Sampling(7, (EOS,), EOS), generator(seed))
+        rollout = sample(model, ids, mask, Sampling(7, (EOS,), EOS), generator(seed), compact=False)
         hook.remove()
         if len(set(rollout.response_mask.sum(1).tolist())) > 1:
             break
     whole = torch.cat([ids, rollout.response_ids], 1), torch.cat([mask, rollout.response_mask.long()], 1)
     with torch.no_grad():
-        full = response_outputs(model, *whole, 7).logits
+        full = model(whole[0], attention_mask=whole[1], position_ids=(whole[1].cumsum(1) - 1).clamp(min=0)).logits[
+            :, -8:-1
+        ]
     steps = len(seen)
     counts = rollout.response_mask[:, :steps]
     assert counts.sum() > 6
@@ -257,6 +262,58 @@ def test_texts_keep_a_leading_space_that_the_tokenizer_would_drop():
     assert fast.decode([2, 3]) == "films"  # so it does
     rollout = rollout_of([[1], [1, 2]], [[2, 3, 0], [3, 1, 2]], [True, False])
     assert texts(rollout, fast) == [" films", "s the film"]
+
+
+# --- compact ------------------------------------------------------------------------------------------------------
+
+
+def rows_per_pass(model, *args, **kwargs):
+    """A rollout, and how many rows each of its forward passes had."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    rollout = sample(model, *args, **kwargs)
+    hook.remove()
+    return rollout, seen
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned positions"])
+@pytest.mark.parametrize("copies", [1, 4])
+def test_compact_rollouts_are_the_same_rollouts(model, learned_positions, kind, copies):
+    model = model if kind == "rotary" else learned_positions
+    ids, mask = left_padded([1, 5, 3], [4], [0, 4], [2, 6, 6, 1], [4], extra=1)
+    ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
+    sampling, noise = Sampling(20, (EOS, 3), EOS), torch.rand(len(ids), 20, generator=generator(5), dtype=torch.float64)
+    (plain, whole), (compact, fewer) = (
+        rows_per_pass(model, ids, mask, sampling, noise, compact=c) for c in (False, True)
+    )
+    for mine, theirs in zip(compact, plain, strict=True):
+        assert torch.equal(mine, theirs)
+    assert len(set(plain.response_mask.sum(1).tolist())) > 2
+    assert whole == [len(ids)] * len(whole)
+    assert fewer[0] == 5  # each prompt once: [4] and [0, 4] are two, and so are prompts that do not stand together
+    assert fewer[1:] == sorted(fewer[1:], reverse=True)
+    assert fewer[-1] < fewer[1] <= len(ids)
+
+
+def test_the_last_rows_wait_for_other_ranks(model):
+    ids, mask = left_padded([1, 5], [2, 3])
+    sampling = Sampling(6, tuple(range(8)), EOS)  # every token ends a response
+    rollout, rows = rows_per_pass(model, ids, mask, sampling, generator(), any_rank=lambda flag: torch.tensor(True))
+    assert rows == [2] * 6
+    assert rollout.response_mask.sum(1).tolist() == [1, 1]
+    _, alone = rows_per_pass(model, ids, mask, sampling, generator(), any_rank=lambda flag: flag)
+    assert alone == [2]
+
+
+def test_a_model_without_a_cache_of_keys_keeps_its_rows(tmp_path):
+    torch.manual_seed(0)
+    lstm = LSTMForCausalLM(LSTMConfig(vocab_size=8, hidden_size=8, initializer_range=0.5)).eval()
+    ids, mask = (x.repeat_interleave(3, dim=0) for x in left_padded([1, 5, 3], [4]))
+    sampling, noise = Sampling(9, (EOS,), EOS), torch.rand(6, 9, generator=generator(), dtype=torch.float64)
+    plain, compact = (sample(lstm, ids, mask, sampling, noise, compact=c) for c in (False, True))
+    for mine, theirs in zip(compact, plain, strict=True):
+        assert torch.equal(mine, theirs)
+    assert len(set(plain.response_mask.sum(1).tolist())) > 1
 
 
 def test_trimmed_leaves_out_the_columns_without_a_token():

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification, LlamaForCausalLM
 
 from lightning_rlhf.modules import RewardModule
-from lightning_rlhf.modules.backbone import Scorer, add_lora, load_causal_lm
+from lightning_rlhf.modules.backbone import add_lora, load_causal_lm
 from lightning_rlhf.modules.exporting import save_network
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
 from lightning_rlhf.modules.reward_terms import Responses
+from lightning_rlhf.modules.scorer import Scorer
 from lightning_rlhf.modules.sharing import SharedBase, is_reward_adapter, load_scorer
 
 IDS = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 1, 2]])

@@ -294,3 +294,51 @@ def test_a_model_given_as_an_object_is_in_the_module_once(policy):
     module.configure_model()
     assert all(name.startswith("network.") for name in module.state_dict())
     assert module.network is network
+
+
+def test_gradient_clipping_by_value(sft, fit, new_gradients):
+    def steps(**options):
+        watch = new_gradients()
+        fit(sft(), [BATCH], callbacks=[watch], **options)
+        return watch.steps[0]
+
+    free = steps()
+    bound = torch.cat([g.flatten() for g in free.values()]).abs().median().item()
+    for name, gradient in steps(gradient_clip_val=bound, gradient_clip_algorithm="value").items():
+        torch.testing.assert_close(gradient, free[name].clamp(-bound, bound))
+
+
+def test_both_groups_of_ppo_are_clipped_together(ppo, fit, new_gradients):
+    def norm(clip):
+        watch = new_gradients()
+        module = fit(ppo(vf_coef=3.0), callbacks=[watch], gradient_clip_val=clip, max_steps=1)
+        logged = [float(module.trainer.callback_metrics[f"{group}/grad_norm"]) for group in ("policy", "value")]
+        return torch.stack([g.square().sum() for g in watch.steps[0].values()]).sum().sqrt().item(), logged
+
+    free, groups = norm(None)
+    assert min(groups) > 0
+    assert math.hypot(*groups) == pytest.approx(free, rel=1e-5)
+    clipped, of_before = norm(0.5 * free)
+    assert clipped == pytest.approx(0.5 * free, rel=1e-4)
+    assert of_before == pytest.approx(groups)
+
+
+def test_a_fused_optimizer_steps_as_the_other(sft, fit):
+    found = {}
+    for fused in (True, False):
+        module = fit(sft(fused_optimizer=fused, weight_decay=0.1), [BATCH] * 5)
+        assert module.trainer.optimizers[0].defaults["fused"] is fused
+        found[fused] = dict(module.named_parameters())
+    for name, parameter in found[True].items():
+        torch.testing.assert_close(parameter, found[False][name])
+
+
+def test_the_optimizer_is_not_fused_where_losses_are_scaled(sft, make_trainer, monkeypatch):
+    module = sft()
+    module.configure_model()
+    trainer = make_trainer()
+    module.trainer = trainer
+    monkeypatch.setattr(type(trainer), "estimated_stepping_batches", 3)
+    assert module.configure_optimizers()["optimizer"].defaults["fused"]
+    monkeypatch.setattr(trainer.precision_plugin, "scaler", object(), raising=False)
+    assert not module.configure_optimizers()["optimizer"].defaults["fused"]

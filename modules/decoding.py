@@ -1,0 +1,88 @@
+"""Token by token through a language model: the key-value cache, and which rows of the batch are still in it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..functional import position_ids
+from .backbone import unwrapped
+
+CROWDED = 0.75  # rows are let go once no more than this share of them runs: each copy of the cache pays for itself
+
+
+@dataclass
+class Decoding:
+    """A batch on its way through a model."""
+
+    model: nn.Module
+    mask: Tensor
+    """(rows, L) of prompt and response so far."""
+    position: Tensor
+    """(rows, 1) of the last token."""
+    rows: Tensor
+    """(rows,) which rows of the whole batch they are."""
+    cache: Any
+    logits: Tensor
+    """(rows, 1, V), of the next token."""
+    is_divisible: bool
+    """Whether rows can be taken out of the cache."""
+
+    @classmethod
+    def start(cls, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, compact: bool) -> "Decoding":
+        """Read the prompts (B, P), left-padded; if `compact`, equal ones that stand next to each other once."""
+        rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        first, group = rows, rows
+        cache = _divisible_cache(model) if compact else None
+        if cache is not None:
+            told_apart = torch.where(prompt_mask > 0, prompt_ids, -1)  # a pad token may be in a prompt, too
+            _, group, sizes = told_apart.unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+            first = sizes.cumsum(0) - sizes
+        mask, position = prompt_mask[first], position_ids(prompt_mask[first])
+        out = _forward(model, prompt_ids[first], mask, position, cache)
+        last = position[:, -1:], rows[first], out.past_key_values, out.logits[:, -1:]
+        batch = cls(model, mask, *last, is_divisible=cache is not None)
+        if len(first) < len(rows):
+            batch.choose(group)
+            batch.rows = rows
+        return batch
+
+    def choose(self, rows: Tensor) -> None:
+        """Go on with some rows, in some order, maybe several times."""
+        self.mask, self.position, self.rows = self.mask[rows], self.position[rows], self.rows[rows]
+        self.logits = self.logits[rows]
+        self.cache.batch_select_indices(rows)
+
+    def step(self, tokens: Tensor, running: Tensor) -> None:
+        """Read one more token (rows, 1) of each row; the rows that do not run may be let go before."""
+        if self.is_divisible and 0 < (count := int(running.sum())) <= CROWDED * len(running) and count < len(running):
+            kept = running.nonzero().squeeze(1)
+            self.choose(kept)
+            tokens = tokens[kept]
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        self.position = self.position + 1
+        out = _forward(self.model, tokens, self.mask, self.position, self.cache)
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1:]
+
+
+def _forward(model: nn.Module, tokens: Tensor, mask: Tensor, position: Tensor, cache: Any) -> Any:
+    return model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
+def _divisible_cache(model: nn.Module) -> DynamicCache | None:
+    """The cache that the model would make itself, if rows can be taken out of it and repeated."""
+    bare = unwrapped(model)
+    if not isinstance(bare, PreTrainedModel) or not bare._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=bare.config)
+    return cache if cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None

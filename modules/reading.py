@@ -1,0 +1,163 @@
+"""What a causal language model says of tokens: log-probabilities, entropies, hidden states, in one forward pass.
+
+The plain way is to pass padded sequences, take the logits at the tokens that count, and their log-softmax. Two faster
+ways compute the same, and are on by default where a model is known to allow them (`padding_free.VERIFIED`):
+
+- padding-free: sequences in one row, each cut off behind the last token that is asked for, see `padding_free.py`;
+- fused log-probs: from hidden states to log-probabilities without float32 logits, see `linear_logprobs`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ..functional import SampledFrom, entropy, linear_logprobs, position_ids, token_logprobs
+from .backbone import unwrapped
+from .fused_norm import fuse_norms
+from .padding_free import ATTENTION, can_be_padding_free, collect, packed_inputs, spread
+
+
+class FastPaths(NamedTuple):
+    """In which of the faster ways a network is read."""
+
+    padding_free: bool = False
+    fused_logprobs: bool = False
+
+
+def set_fast_paths(network: nn.Module, padding_free: bool, fused_logprobs: bool, fused_norms: bool) -> None:
+    """Let a network be read in the faster ways that are switched on, as far as it is known to allow them."""
+    bare = unwrapped(getattr(network, "model", network) if hasattr(network, "called_modules") else network)
+    if not isinstance(bare, PreTrainedModel):
+        return
+    known = can_be_padding_free(bare)
+    if known and padding_free:
+        bare.set_attn_implementation(ATTENTION)
+    if fused_norms:
+        fuse_norms(bare)
+    head = bare.get_output_embeddings() if known else None
+    is_plain = type(head) is nn.Linear and head.bias is None
+    bare.fast_paths = FastPaths(known and padding_free, is_plain and fused_logprobs)
+
+
+def fast_paths(model: nn.Module) -> FastPaths:
+    """In which of the faster ways a network is read: in none, unless `set_fast_paths` said so."""
+    return getattr(unwrapped(model), "fast_paths", FastPaths())
+
+
+class Passage(NamedTuple):
+    """How a batch goes through a network."""
+
+    inputs: dict[str, Any]
+    """Arguments of its forward."""
+    kept: Tensor | None
+    """(B, L) bool: the tokens that lie in one row; None if they are as they were, padded."""
+
+    @classmethod
+    def of(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, asked: Tensor) -> "Passage":
+        """Of a batch (B, L), padded anywhere; hidden states are asked for where `asked` (B, L) is True."""
+        positions = position_ids(attention_mask)
+        if not fast_paths(model).padding_free:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+            return cls(inputs | {"use_cache": False}, None)
+        still_asked = asked.flip(1).cumsum(1).flip(1) > 0
+        kept = attention_mask.bool() & still_asked
+        if not kept.any():
+            kept = attention_mask.bool()  # a batch without a single target still makes a pass, of all ranks maybe
+        return cls(packed_inputs(input_ids, kept, positions) | {"use_cache": False}, kept)
+
+    def rows(self, hidden: Tensor, where: Tensor) -> Tensor:
+        """(N, H) hidden states at the N places where `where` (B, L) is True, row by row."""
+        places = where if self.kept is None else where[self.kept]
+        return collect(hidden.flatten(0, 1), places.flatten().nonzero().squeeze(1))
+
+    def padded(self, hidden: Tensor) -> Tensor:
+        """(B, L, ...) hidden states, or what was made of them, where the batch had its tokens."""
+        if self.kept is None:
+            return hidden
+        cells = self.kept.flatten().nonzero().squeeze(1)
+        return spread(hidden[0], cells, self.kept.numel()).view(*self.kept.shape, *hidden.shape[2:])
+
+
+class Reading(NamedTuple):
+    """What a causal LM says of N tokens, row by row."""
+
+    logprobs: Tensor
+    """(N,) float32."""
+    entropy: Tensor | None
+    """(N,) float32, of the distributions that they are from; None if it was not asked for."""
+    hidden: Tensor
+    """(B, L, H), the last hidden state of each token up to the last that was asked for; beyond it is no meaning."""
+
+
+def read(
+    model: PreTrainedModel | PeftModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    where: Tensor,
+    sampled_from: SampledFrom | None = None,
+    with_entropy: bool = False,
+    hidden_at: Tensor | None = None,
+) -> Reading:
+    """Log-probabilities of some tokens, in one forward pass.
+
+    Args:
+        model: a causal LM with the Hugging Face forward signature.
+        input_ids: (B, L).
+        attention_mask: (B, L), padded on either side.
+        where: (B, L) bool, the N tokens that are asked for; none of them is a sequence's first.
+        sampled_from: temperature and forbidden tokens; None is temperature 1 and nothing forbidden.
+        with_entropy: whether entropies are asked for.
+        hidden_at: (B, L) bool, where hidden states are asked for; None needs none.
+    """
+    before = pad(where[:, 1:], (0, 1))  # the position before a token predicts it
+    passage = Passage.of(model, input_ids, attention_mask, before if hidden_at is None else before | hidden_at)
+    tokens = input_ids[where]
+    sampled_from = SampledFrom() if sampled_from is None else sampled_from
+    head, seen = unwrapped(model).get_output_embeddings(), []
+    is_fused = fast_paths(model).fused_logprobs
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        rows = passage.rows(hidden, before)
+        if not is_fused:
+            return type(head).forward(head, rows[None])
+        return torch.stack(linear_logprobs(rows, head.weight, tokens, sampled_from, with_entropy), dim=-1)[None]
+
+    # The model hands on what its head returns as its logits. It is called as a whole, as sharding wants it.
+    with _calls(head, forward):
+        out = model(**passage.inputs).logits[0]
+    if is_fused:
+        logprobs, entropies = out.unbind(-1)
+    else:
+        logits = sampled_from.constrain(out)
+        logprobs = token_logprobs(logits, tokens, sampled_from.temperature)
+        entropies = entropy(logits, sampled_from.temperature) if with_entropy else None
+    return Reading(logprobs, entropies if with_entropy else None, passage.padded(seen[0]))
+
+
+def logits_at(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
+    """(N, V) logits at the N positions where `where` (B, L) is True, and nowhere else.
+
+    The vocabulary makes logits the largest tensor by far. Only the language-model head sees the selection, so whatever
+    a model does to its logits afterwards (soft caps, scales) is still done.
+    """
+    passage = Passage.of(model, input_ids, attention_mask, where)
+    head = unwrapped(model).get_output_embeddings()
+    with _calls(head, lambda hidden: type(head).forward(head, passage.rows(hidden, where)[None])):
+        return model(**passage.inputs).logits[0]
+
+
+@contextmanager
+def _calls(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context the module does something else when it is called."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

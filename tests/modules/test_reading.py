@@ -1,0 +1,241 @@
+"""The faster ways to read a network, held to each sequence passed through it alone."""
+
+import pytest
+import torch
+from conftest import make_llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+
+from lightning_rlhf.functional import SampledFrom
+from lightning_rlhf.modules.backbone import add_lora
+from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
+from lightning_rlhf.modules.padding_free import VERIFIED, PackedRows, can_be_padding_free
+from lightning_rlhf.modules.reading import FastPaths, fast_paths, logits_at, read, set_fast_paths
+from lightning_rlhf.modules.scorer import Scorer
+
+SIZES = dict(
+    vocab_size=11,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    initializer_range=0.3,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+ALL_WAYS = [(True, True), (True, False), (False, True), (False, False)]
+# Padding on the left, on the right, and both; a sequence without padding; one without a target.
+IDS = torch.tensor([[0, 0, 3, 1, 4, 1], [5, 9, 2, 6, 0, 0], [0, 5, 3, 5, 0, 0], [8, 9, 7, 9, 3, 2], [3, 8, 4, 0, 0, 0]])
+MASK = torch.tensor(
+    [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
+)
+WHERE = torch.tensor(
+    [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
+).bool()
+
+
+def tiny(kind: str, auto: type = AutoModelForCausalLM, **changes: object) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        config = AutoConfig.for_model(kind, **(SIZES | changes))
+        for name in ("sliding_window", "use_sliding_window"):
+            if hasattr(config, name) and name not in changes:
+                setattr(config, name, None if name == "sliding_window" else False)
+        return auto.from_config(config).eval()
+
+
+def each_alone(model: nn.Module, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Log-probs and entropies of the tokens of WHERE in order, and last hidden states, one sequence at a time."""
+    logprobs, entropies, hidden = [], [], []
+    for ids, mask, where in zip(IDS, MASK.bool(), WHERE, strict=True):
+        out = model(ids[mask][None], output_hidden_states=True)
+        said = (out.logits[0] / temperature).log_softmax(-1)
+        for t in where[mask].nonzero().flatten().tolist():
+            logprobs.append(said[t - 1, ids[mask][t]])
+            entropies.append(-(said[t - 1].exp() * said[t - 1]).sum())
+        hidden.append(out.hidden_states[-1][0])
+    return torch.stack(logprobs), torch.stack(entropies), hidden
+
+
+def gradients(model: nn.Module, of: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    of.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", sorted(VERIFIED))
+def test_every_verified_kind_is_read_as_each_sequence_alone(kind):
+    model = tiny(kind)
+    assert can_be_padding_free(model)
+    set_fast_paths(model, padding_free=True, fused_logprobs=True, fused_norms=True)
+    assert fast_paths(model).padding_free
+    said = read(model, IDS, MASK, WHERE, SampledFrom(0.7), with_entropy=True, hidden_at=MASK.bool())
+    logprobs, entropies, hidden = each_alone(model, 0.7)
+    torch.testing.assert_close(said.logprobs, logprobs)
+    torch.testing.assert_close(said.entropy, entropies)
+    for row, mask, expected in zip(said.hidden, MASK.bool(), hidden, strict=True):
+        torch.testing.assert_close(row[mask], expected)
+    weights = torch.linspace(-1, 1, len(logprobs))
+    mine = gradients(model, (said.logprobs * weights + said.entropy * weights**2).sum())
+    theirs = gradients(model, (logprobs * weights + entropies * weights**2).sum())
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", sorted(VERIFIED - {"helium", "olmo", "olmo2"}))
+def test_every_verified_kind_scores_as_each_sequence_alone(kind):
+    scorer = Scorer(tiny(kind, AutoModelForSequenceClassification, num_labels=1))
+    set_fast_paths(scorer, padding_free=True, fused_logprobs=True, fused_norms=True)
+    per_token, raw = scorer.raw_per_token(IDS, MASK), scorer.raw(IDS, MASK)
+    for i, (ids, mask) in enumerate(zip(IDS, MASK.bool(), strict=True)):
+        expected = scorer.head(scorer.model.base_model(ids[mask][None]).last_hidden_state)[0, :, 0]
+        torch.testing.assert_close(per_token[i][mask], expected)
+        torch.testing.assert_close(raw[i], expected[-1])
+
+
+@pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_ways_say_the_same(ways, lora, checkpointing):
+    model = make_llama(vocab_size=11).double()  # else rounding is what differs
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    if lora:
+        model = add_lora(model, r=2, alpha=4, target_modules="all-linear")
+        for name, p in model.named_parameters():
+            p.data = p.data.double()
+            if "lora_B" in name:
+                nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    set_fast_paths(model, *ways, fused_norms=ways[0])
+    assert fast_paths(model) == FastPaths(*ways)
+    said = read(model, IDS, MASK, WHERE, with_entropy=True)
+    logprobs, entropies, _ = each_alone(model)
+    torch.testing.assert_close(said.logprobs, logprobs)
+    torch.testing.assert_close(said.entropy, entropies)
+    mine, theirs = (gradients(model, x.sum()) for x in (said.logprobs + said.entropy, logprobs + entropies))
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
+def test_forbidden_tokens(ways):
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, *ways, fused_norms=ways[0])
+    first = torch.tensor([True, False, True, False, False, True, False])  # of the 7 tokens of WHERE
+    said = read(model, IDS, MASK, WHERE, SampledFrom(1.0, (0, 10), first), with_entropy=True)
+    logits = logits_at(model, IDS, MASK, nn.functional.pad(WHERE[:, 1:], (0, 1)))
+    logits[first[:, None] & torch.tensor([i in (0, 10) for i in range(11)])] = -torch.inf
+    p = logits.softmax(-1)
+    torch.testing.assert_close(said.logprobs, p.gather(1, IDS[WHERE][:, None])[:, 0].log())
+    torch.testing.assert_close(said.entropy, torch.special.entr(p).sum(-1))
+
+
+@pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
+def test_logits_at(ways):
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, *ways, fused_norms=ways[0])
+    expected = [
+        model(ids[mask.bool()][None]).logits[0][w[mask.bool()]] for ids, mask, w in zip(IDS, MASK, WHERE, strict=True)
+    ]
+    torch.testing.assert_close(logits_at(model, IDS, MASK, WHERE), torch.cat(expected))
+
+
+def tokens_seen(model: nn.Module, *args: object) -> int:
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    read(model, *args)
+    hook.remove()
+    return sum(seen)
+
+
+def test_what_is_behind_the_last_target_is_not_computed():
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, True, True, True)
+    assert tokens_seen(model, IDS, MASK, WHERE) == 3 + 3 + 1 + 3  # up to the token before the last target
+    set_fast_paths(model, False, True, True)
+    assert tokens_seen(model, IDS, MASK, WHERE) == IDS.numel()
+
+
+def test_a_batch_without_targets_is_still_passed_through():
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, True, True, True)
+    said = read(model, IDS, MASK, torch.zeros_like(WHERE))
+    assert said.logprobs.shape == (0,)
+    said.logprobs.sum().backward()
+
+
+def test_sequences_of_one_length_are_not_copied():
+    packed = torch.arange(12.0).view(6, 2)
+    rows = PackedRows.of(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]).bool())
+    assert rows.cells is None
+    assert rows.side_by_side(packed).data_ptr() == packed.data_ptr()
+    assert rows.side_by_side(packed).tolist() == packed.view(2, 3, 2).tolist()
+
+
+def test_sequences_of_several_lengths():
+    rows = PackedRows.of(torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool())
+    packed = torch.arange(1.0, 7.0)
+    padded = rows.side_by_side(packed)
+    assert padded.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+    assert rows.in_a_row(padded).tolist() == packed.tolist()
+    assert torch.autograd.gradcheck(lambda x: rows.side_by_side(x) ** 2, packed.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: rows.in_a_row(x) ** 2, padded.double().requires_grad_())
+
+
+class Changed(LlamaForCausalLM):
+    """A model that calls itself a Llama and may be anything."""
+
+
+def test_unknown_models_are_read_plainly():
+    windowed = tiny("mistral", sliding_window=3)
+    mixed = tiny("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    scaled = tiny("granite", logits_scaling=2.0)
+    lstm = LSTMForCausalLM(LSTMConfig(vocab_size=11, hidden_size=8))
+    eager = tiny("llama")
+    eager.set_attn_implementation("eager")
+    for model in (windowed, mixed, scaled, lstm, eager, Changed(make_llama(vocab_size=11).config)):
+        set_fast_paths(model, True, True, True)
+        assert fast_paths(model) == FastPaths(False, False)
+        said = read(model.eval(), IDS, MASK, WHERE)
+        torch.testing.assert_close(said.logprobs, each_alone_of(model))
+    with_bias = tiny("phi")  # its head has one
+    set_fast_paths(with_bias, True, True, True)
+    assert fast_paths(with_bias) == FastPaths(True, False)
+
+
+def each_alone_of(model: nn.Module) -> torch.Tensor:
+    found = []
+    for ids, mask, where in zip(IDS, MASK.bool(), WHERE, strict=True):
+        said = model(ids[mask][None]).logits[0].log_softmax(-1)
+        found += [said[t - 1, ids[mask][t]] for t in where[mask].nonzero().flatten().tolist()]
+    return torch.stack(found)
+
+
+def test_a_head_is_as_it_was_after_it_was_read():
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, True, True, True)
+    before = model(IDS, MASK).logits
+    read(model, IDS, MASK, WHERE)
+    torch.testing.assert_close(model(IDS, MASK).logits, before, rtol=0, atol=0)
+    with pytest.raises(IndexError):
+        read(model, IDS + 100, MASK, WHERE)
+    torch.testing.assert_close(model(IDS, MASK).logits, before, rtol=0, atol=0)
+
+
+def test_the_attention_stays_out_of_saved_configurations(tmp_path):
+    model = make_llama(vocab_size=11)
+    set_fast_paths(model, True, True, True)
+    model.save_pretrained(tmp_path)
+    assert "padding_free" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
