@@ -1,7 +1,8 @@
 """Log-probabilities of tokens straight from hidden states: the logits of all tokens are never there in float32.
 
 `token_logprobs(hidden @ weight.T, tokens)` computes the same, but autograd keeps float32 copies of the logits for its
-backward pass, and adds up their gradient in several more. Here the backward pass is written out:
+backward pass, and adds up their gradient in several more. Here the backward pass is written out, and probabilities in
+the dtype of the logits are all it needs:
 
     ∂ logprob / ∂ z_v = 1[v = token] − p_v,     ∂ H / ∂ z_v = −p_v (log p_v + H),     p = softmax(z)
 """
@@ -95,61 +96,82 @@ def _slices(rows: int, width: int, budget: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
+def _pieces(block: slice, width: int) -> Iterator[tuple[slice, slice]]:
+    """Of a block's rows so many at a time: where they are in the block, and among all rows."""
+    for piece in _slices(block.stop - block.start, width, PIECE):
+        yield piece, slice(block.start + piece.start, block.start + piece.stop)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, sampled_from: SampledFrom, with_entropy: bool
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         N, V = len(hidden), len(weight)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, lse = torch.zeros(3, N, dtype=dtype, device=hidden.device)
+        logprobs, entropy = hidden.new_zeros(2, N, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        # The backward needs probabilities, which take the place of the logits in their dtype: the gradient will be
+        # rounded to it, too. More than a block is computed again, and so is what the entropy's gradient needs.
+        keeps = N * V <= BLOCK and not with_entropy
         kept = None
         for block in _slices(N, V, BLOCK):
             logits = linear(hidden[block], weight)
-            for piece in _slices(len(logits), V, PIECE):
-                rows = slice(block.start + piece.start, block.start + piece.stop)
+            for piece, rows in _pieces(block, V):
                 z = sampled_from.scaled(logits[piece], rows)
-                chosen = z.gather(1, tokens[rows, None]).squeeze(1)
-                largest = z.amax(1)
-                z -= largest[:, None]
-                p = z.exp()
-                total = p.sum(1)
-                lse[rows] = largest + total.log()
-                logprobs[rows] = chosen - lse[rows]
+                p = z.softmax(1)
+                chosen = tokens[rows, None]
+                logprobs[rows] = _log(p.gather(1, chosen).squeeze(1), z.gather(1, chosen).squeeze(1), z)
                 if with_entropy:
-                    entropy[rows] = total.log() - p.mul_(z).nansum(1) / total  # 0 · -inf is 0
-            kept = logits if N * V <= BLOCK else None  # more than a block is computed again
-        ctx.save_for_backward(hidden, weight, tokens, lse, entropy if with_entropy else None, kept)
-        ctx.sampled_from = sampled_from
+                    entropy[rows] = _entropy(p, z)
+                if keeps:
+                    logits[piece] = p
+            kept = logits if keeps else None
+        ctx.save_for_backward(hidden, weight, tokens, logprobs, kept)
+        ctx.sampled_from, ctx.with_entropy = sampled_from, with_entropy
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> Any:
-        hidden, weight, tokens, lse, entropy, kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, logprobs, kept = ctx.saved_tensors
         N, V = len(hidden), len(weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
+        scale = grad_logprobs / ctx.sampled_from.temperature
+        of_entropy = grad_entropy / ctx.sampled_from.temperature if ctx.with_entropy else None
         for block in _slices(N, V, BLOCK):
-            logits = linear(hidden[block], weight) if kept is None else kept
-            grad = torch.empty_like(logits)
-            for piece in _slices(len(logits), V, PIECE):
-                rows = slice(block.start + piece.start, block.start + piece.stop)
-                z = ctx.sampled_from.scaled(logits[piece], rows)
-                z -= lse[rows, None]  # log p
-                p = z.exp()
-                if entropy is not None:
-                    slope = z.add_(entropy[rows, None]).nan_to_num_(neginf=0.0).mul_(grad_entropy[rows, None])
-                    slope += grad_logprobs[rows, None]
-                    p *= slope.neg_()
-                else:
-                    p *= -grad_logprobs[rows, None]
-                p.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
-                grad[piece] = p.div_(ctx.sampled_from.temperature)
+            chosen = tokens[block, None]
+            if kept is None:
+                grad = linear(hidden[block], weight)
+                for piece, rows in _pieces(block, V):
+                    z = ctx.sampled_from.scaled(grad[piece], rows)
+                    p = z.softmax(1)
+                    slope = -scale[rows, None]
+                    if of_entropy is not None:
+                        log_p = z.log_softmax(1).nan_to_num_(neginf=0.0)  # where p is 0
+                        slope = slope - (log_p + _entropy(p, z)[:, None]) * of_entropy[rows, None]
+                    grad[piece] = p.mul_(slope).scatter_add_(1, chosen[piece], scale[rows, None])
+            else:
+                grad = kept * -scale[:, None].to(kept.dtype)
+                # 1 − p of the token itself from its log-probability, which was not rounded.
+                grad.scatter_(1, chosen, (scale * (1 - logprobs.exp()))[:, None].to(kept.dtype))
             if grad_hidden is not None:
                 grad_hidden[block] = grad @ weight
             if ctx.needs_input_grad[1]:
                 part = grad.T @ hidden[block]
                 # Many blocks are added up in float32, as one product would be.
-                grad_weight = part if grad_weight is None else grad_weight.to(lse.dtype) + part
+                grad_weight = part if grad_weight is None else grad_weight.to(logprobs.dtype) + part
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _log(p: Tensor, z: Tensor, all_z: Tensor) -> Tensor:
+    """log p (n,) of tokens with scaled logits z (n,); where p has no digits any more, from all logits (n, V)."""
+    tiny = p < 1e-30
+    logs = p.log()
+    return torch.where(tiny, z - all_z.logsumexp(1), logs) if tiny.any() else logs
+
+
+def _entropy(p: Tensor, z: Tensor) -> Tensor:
+    """log Σ exp z − Σ p z, (n,)."""
+    largest, at = z.max(1, keepdim=True)
+    lse = largest - p.gather(1, at).log()
+    return lse.squeeze(1) - torch.linalg.vecdot(p, z.clamp(min=torch.finfo(z.dtype).min))  # 0 · -inf would be NaN
