@@ -3,6 +3,7 @@
 import functools
 import os
 import socket
+import statistics
 import struct
 import time
 import weakref
@@ -166,3 +167,14 @@ def _covered(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
+
+
+def median_seconds(phase: Callable[[], object], repetitions: int) -> float:
+    """Of a phase, the median after one run to warm up."""
+    phase()
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        phase()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -4,28 +4,15 @@ python benchmarks/phases.py --model runs/demo/sft/model --reward runs/demo/rewar
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from meters import median_seconds
 
 from lightning_rlhf.loaders import generator_for
 from lightning_rlhf.modules import PPOModule
 from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, sample, texts, trimmed
 from lightning_rlhf.modules.scoring import Responses
-
-
-def median_seconds(phase: Callable[[], object], repetitions: int) -> float:
-    """After one run to warm up."""
-    phase()
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        phase()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def main() -> None:

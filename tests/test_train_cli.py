@@ -15,9 +15,10 @@ from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_rlhf.callbacks import KLAlarm
+from lightning_rlhf.cli import default_callbacks
 from lightning_rlhf.modules import PPOModule, RewardModule, SFTModule
-from lightning_rlhf.modules.backbone import Scorer
-from lightning_rlhf.train import default_callbacks, main
+from lightning_rlhf.modules.scorer import Scorer
+from lightning_rlhf.train import main
 
 pytestmark = [  # Lightning's advice about runs as short as these
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
