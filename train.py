@@ -36,8 +36,8 @@ def main(args: list[str] | None = None) -> "CLI | None":
 def import_the_rest() -> None:
     """Import what takes seconds, a fifth less than by itself.
 
-    The imports make a million objects, and nearly all of them stay: Python is kept from looking for garbage among them again
-    and again, now and (`freeze`) later.
+    The imports make a million objects, and nearly all of them stay: Python is kept from looking for garbage among them
+    again and again, now and (`freeze`) later.
     """
     gc.disable()
     from lightning_rlhf import cli as cli
