@@ -71,15 +71,15 @@ def stack_activations(run: Run) -> int:
 
 
 def logit_rows(run: Run) -> int:
-    """Positions whose logits are computed in a micro-batch: PPO's B · (T + 1), SFT's B · T that count."""
-    return {"ppo": run.batch * (run.response + 1), "sft": run.batch * run.response, "reward": 0}[run.method]
+    """Positions whose logits are computed in a micro-batch: B · T, those that count."""
+    return 0 if run.method == "reward" else run.batch * run.response
 
 
 def head_activations(run: Run) -> int:
     """Bytes that the language-model head (with its autocast copy) and scalar heads save of their inputs."""
     s = run.shape
     copy = 2 * s.vocabulary * s.hidden if run.mixed and run.size == 4 and run.method != "reward" else 0
-    scalar = {"ppo": logit_rows(run), "sft": 0, "reward": run.batch * run.length}[run.method]
+    scalar = {"ppo": run.batch * (run.response + 1), "sft": 0, "reward": run.batch * run.length}[run.method]
     return copy + (0 if run.lora_r else logit_rows(run) * run.compute * s.hidden) + scalar * FLOAT32 * s.hidden
 
 
@@ -145,17 +145,16 @@ def sampling(run: Run) -> int:
 
 
 def scoring(run: Run) -> int:
-    """Bytes beside weights while F responses are scored: the largest of three moments.
+    """Bytes beside weights while F responses are scored: the larger of two moments.
 
-    With n = F · (T + 1) · V logits: entropy of one chunk, a n + 5 chunks; the reference's last block, beside the
-    policy's logits and the N + 1 hidden states that `output_hidden_states` keeps; the logits of both, 2 a n, with them.
+    With n = F · T · V logits: entropy of one chunk, a n + 5 chunks, beside the last hidden states; the reference's last
+    block, beside those of the policy.
     """
     s, rows = run.shape, min(run.forward_batch_size, run.rollout_batch_size)
-    n, tokens = rows * (run.response + 1) * s.vocabulary, rows * run.length
+    n, tokens = rows * run.response * s.vocabulary, rows * run.length
     state = tokens * s.hidden * run.size
     entropy = run.compute * n + state + 5 * min(CHUNK, FLOAT32 * n)
-    last_block = run.compute * n + (s.layers + 1) * state + tokens * block_pass(run, run.length)
-    return max(entropy, last_block, 2 * run.compute * n + (s.layers + 2) * state)
+    return max(entropy, state + tokens * block_pass(run, run.length))
 
 
 # --- together -------------------------------------------------------------------------------------------------------

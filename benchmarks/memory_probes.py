@@ -39,7 +39,9 @@ def cache_bytes(run: Run, folder: Path) -> int:
     ids, mask = _prompts(run, run.rollout_batch_size)
     sampling = Sampling(run.response, eos_token_ids=(), pad_token_id=0)
     with torch.no_grad():
-        _autocast(run, lambda: sample(module.policy, ids, mask, sampling, torch.Generator().manual_seed(0)))
+        _autocast(
+            run, lambda: sample(module.policy, ids, mask, sampling, torch.Generator().manual_seed(0), compact=False)
+        )
     return size(tensor for layer in caches[-1].layers for tensor in (layer.keys, layer.values))
 
 

@@ -57,9 +57,10 @@ def make_texts(shape: Shape, count: int, length: int) -> list[str]:
 
 
 def make_module(run: Run, folder: Path) -> PPOModule | SFTModule:
-    """The module of a run, one pass over each rollout."""
+    """The module of a run, one pass over each rollout, by the plain paths: those are what the formulas are of."""
     names = ("dtype", "lora_r", "lora_last_layers", "gradient_checkpointing")
     options = {name: getattr(run, name) for name in names} | {"lr_scheduler": "constant"}
+    options |= dict.fromkeys(("padding_free", "fused_logprobs", "fused_norms", "fused_optimizer"), False)
     if run.method == "sft":
         return SFTModule(str(folder / "policy"), **options)
     return PPOModule(
@@ -71,6 +72,7 @@ def make_module(run: Run, folder: Path) -> PPOModule | SFTModule:
         num_passes=1,
         max_new_tokens=run.response,
         forward_batch_size=run.forward_batch_size,
+        compact_rollouts=False,
         **options,
     )
 

@@ -32,11 +32,16 @@ class Decoding:
     """Whether rows can be taken out of the cache."""
 
     @classmethod
-    def start(cls, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, compact: bool) -> "Decoding":
-        """Read the prompts (B, P), left-padded; if `compact`, equal ones that stand next to each other once."""
+    def start(
+        cls, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int, compact: bool
+    ) -> "Decoding":
+        """Read the prompts (B, P), left-padded, each to go on for at most so many tokens.
+
+        If `compact`, equal prompts that stand next to each other are read once.
+        """
         rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
         first, group = rows, rows
-        cache = _divisible_cache(model) if compact else None
+        cache = _divisible_cache(model, prompt_ids.shape[1] + new_tokens) if compact else None
         if cache is not None:
             told_apart = torch.where(prompt_mask > 0, prompt_ids, -1)  # a pad token may be in a prompt, too
             _, group, sizes = told_apart.unique_consecutive(dim=0, return_inverse=True, return_counts=True)
@@ -79,10 +84,52 @@ def _forward(model: nn.Module, tokens: Tensor, mask: Tensor, position: Tensor, c
     )
 
 
-def _divisible_cache(model: nn.Module) -> DynamicCache | None:
-    """The cache that the model would make itself, if rows can be taken out of it and repeated."""
+def _divisible_cache(model: nn.Module, most: int) -> DynamicCache | None:
+    """The cache that the model would make itself, if rows can be taken out of it and repeated; where it only grows,
+    with room to do so, up to so many tokens."""
     bare = unwrapped(model)
     if not isinstance(bare, PreTrainedModel) or not bare._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=bare.config)
-    return cache if cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+    if not cache.layers or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, (rows, heads, L, D), as views of tensors with room for more tokens.
+
+    transformers' own are copied whole for every token.
+
+    Args:
+        most: tokens that there will be at most; more are not refused, but find no room kept for them.
+    """
+
+    GROWTH = 1.5
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens, give all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rooms = [key_states[:, :, :0], value_states[:, :, :0]]
+        seen = self.get_seq_length()
+        length = seen + key_states.shape[-2]
+        for i, new in enumerate((key_states, value_states)):
+            if length > self.rooms[i].shape[-2]:
+                tokens = max(length, min(int(self.GROWTH * length), self.most))
+                room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
+                room[:, :, :seen] = self.rooms[i][:, :, :seen]
+                self.rooms[i] = room
+            self.rooms[i][:, :, seen:length] = new
+        self.keys, self.values = (room[:, :, :length] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with some rows."""
+        super().batch_select_indices(indices)
+        self.rooms = [self.keys, self.values]

@@ -107,7 +107,7 @@ def sample(
     response_ids = torch.full(shape, sampling.pad_token_id, device=device)
     running = torch.ones(shape[:1], dtype=torch.bool, device=device)
     eos = torch.tensor(sampling.eos_token_ids, device=device)
-    batch = Decoding.start(model, prompt_ids, prompt_mask.long(), compact)
+    batch = Decoding.start(model, prompt_ids, prompt_mask.long(), sampling.max_new_tokens, compact)
     for step in range(sampling.max_new_tokens):
         drawn = _draw(batch.logits, step, sampling, noise[batch.rows, step : step + 1])  # (rows, 1)
         tokens = drawn.where(running[batch.rows, None], sampling.pad_token_id)

@@ -149,17 +149,17 @@ class TestActivationsByHand:
         assert block_activations(run, first=True) == 18 * (20 + 58 + 48 + 128 + 56)
 
     def test_checkpointing_keeps_the_inputs_of_blocks(self):
-        # 18 tokens: two inputs 2 · 4·4; final norm 4·4 + 4 + 4·4; rotations 2 · 4·2; ids 8. Head: 2 · 5 rows, 4·4 of
-        # its input, and 4·4 of the value head's.
-        assert activations(replace(PPO, gradient_checkpointing=True)) == 18 * (32 + 36 + 16 + 8) + 10 * 32
+        # 18 tokens: two inputs 2 · 4·4; final norm 4·4 + 4 + 4·4; rotations 2 · 4·2; ids 8. Head: 2 · 4 rows, 4·4 of
+        # its input; value head 2 · 5 rows, 4·4 of its own.
+        assert activations(replace(PPO, gradient_checkpointing=True)) == 18 * (32 + 36 + 16 + 8) + 8 * 16 + 10 * 16
 
     def test_of_logits(self):
-        # 2 · (4 + 1) · 10 = 100 logits: 4 bytes, and 4 of the float32 copy; in the backward pass the chunk is all of
-        # them: 800 + 3 · 400.
-        assert saved_logits(PPO) == 800
-        assert backward_logits(PPO) == 2000
+        # 2 · 4 · 10 = 80 logits: 4 bytes, and 4 of the float32 copy; in the backward pass the chunk is all of them:
+        # 640 + 3 · 320.
+        assert saved_logits(PPO) == 640
+        assert backward_logits(PPO) == 1600
         # Of many more, a chunk is little: the logits and three gradients.
-        many = replace(PPO, response=511, batch=32, shape=replace(TINY, vocabulary=2**14))
+        many = replace(PPO, response=512, batch=32, shape=replace(TINY, vocabulary=2**14))
         assert 3 * CHUNK < 4 * 2**28
         assert backward_logits(many) == 16 * 2**28
         assert backward_logits(replace(many, dtype="bfloat16")) == 8 * 2**28
@@ -172,15 +172,14 @@ class TestActivationsByHand:
         assert experience(replace(PPO, ranks=2)) == 2 * 3 * 145
 
     def test_of_scoring(self):
-        # In the last block, 2 rows of 9 tokens: 100 logits of 4 bytes, 2 + 1 hidden states of 16, and per token 3 · 4·8
-        # of the MLP, 2 · 4·4, rotations 2 · 4·2, mask 9.
-        assert scoring(PPO) == 400 + 18 * (3 * 16 + 96 + 32 + 16 + 9)
-        # A large vocabulary, in the entropy: 10,000 logits, the last hidden state, five chunks that hold all of them.
-        assert scoring(replace(PPO, shape=replace(TINY, vocabulary=1000))) == 40_000 + 18 * 16 + 5 * 40_000
-        # A larger one still, after the reference's pass: 2^26 logits of 2^28 bytes, those of the policy as well, and
-        # 2 + 2 hidden states of 2 · (5 + 1023) tokens.
-        large = replace(PPO, response=1023, shape=replace(TINY, vocabulary=2**15))
-        assert scoring(large) == 2 * 2**28 + 2 * 1028 * 4 * 16
+        # In the last block, 2 rows of 9 tokens: the policy's hidden states of 16, and per token 3 · 4·8 of the MLP,
+        # 2 · 4·4, rotations 2 · 4·2, mask 9.
+        assert scoring(PPO) == 18 * (16 + 96 + 32 + 16 + 9)
+        # A large vocabulary, in the entropy: 8,000 logits, the last hidden state, five chunks that hold all of them.
+        assert scoring(replace(PPO, shape=replace(TINY, vocabulary=1000))) == 32_000 + 18 * 16 + 5 * 32_000
+        # A larger one still: 2^26 logits of 2^28 bytes, hidden states of 2 · (5 + 1024) tokens, chunks of 2^25 bytes.
+        large = replace(PPO, response=1024, shape=replace(TINY, vocabulary=2**15))
+        assert scoring(large) == 2**28 + 2 * 1029 * 16 + 5 * 2**25
 
 
 class TestPhases:

@@ -9,8 +9,10 @@ from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 from lightning_rlhf.functional import token_logprobs
+from lightning_rlhf.modules.decoding import RoomyLayer
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
 from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, Sampling, sample, texts, trimmed
@@ -293,6 +295,28 @@ def test_compact_rollouts_are_the_same_rollouts(model, learned_positions, kind, 
     assert fewer[0] == 5  # each prompt once: [4] and [0, 4] are two, and so are prompts that do not stand together
     assert fewer[1:] == sorted(fewer[1:], reverse=True)
     assert fewer[-1] < fewer[1] <= len(ids)
+
+
+@pytest.mark.parametrize("most", [40, 10])
+def test_a_cache_with_room_holds_what_one_without_does(most):
+    tensors = torch.arange(2 * 3 * 2 * 40 * 4.0).view(2, 3, 2, 40, 4)  # keys and values of 3 rows, 2 heads, 40 tokens
+    roomy, plain = RoomyLayer(most), DynamicLayer()
+    seen, rows = 0, torch.arange(3)
+    for count, chosen in ((7, None), (1, [0, 2, 2]), (1, None), (9, [1]), (1, None), (8, None)):
+        new = tensors[:, rows][..., seen : seen + count, :]
+        for mine, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(mine, theirs)
+        seen += count
+        assert roomy.get_seq_length() == seen
+        if chosen is not None:
+            rows = rows[chosen]
+            for layer in (roomy, plain):
+                layer.batch_select_indices(torch.tensor(chosen))
+    start = roomy.keys.data_ptr()
+    roomy.update(*tensors[:, rows][..., :1, :])
+    had_room = roomy.keys.data_ptr() == start
+    assert had_room == (most == 40)
+    assert roomy.rooms[0].shape[2] <= max(most, roomy.get_seq_length())
 
 
 def test_the_last_rows_wait_for_other_ranks(model):
