@@ -17,8 +17,20 @@ LIBRARY = [path for folder in (".", *PACKAGES, "benchmarks") for path in sorted(
 LONGEST_FUNCTION, LONGEST_FILE = 40, 350
 FORBIDDEN = {  # package -> what its files must not import, at the top or inside a function
     "functional": ("lightning", "transformers", "peft", "datasets"),
-    "modules": ("datasets", "lightning_rlhf.datamodules", "lightning_rlhf.callbacks", "lightning_rlhf.train"),
-    "datamodules": ("peft", "lightning_rlhf.modules", "lightning_rlhf.callbacks", "lightning_rlhf.train"),
+    "modules": (
+        "datasets",
+        "lightning_rlhf.datamodules",
+        "lightning_rlhf.callbacks",
+        "lightning_rlhf.train",
+        "lightning_rlhf.cli",
+    ),
+    "datamodules": (
+        "peft",
+        "lightning_rlhf.modules",
+        "lightning_rlhf.callbacks",
+        "lightning_rlhf.train",
+        "lightning_rlhf.cli",
+    ),
     "callbacks": ("transformers", "peft", "datasets", "lightning_rlhf.modules", "lightning_rlhf.datamodules"),
     "report": ("torch", "lightning", "lightning_rlhf.modules", "lightning_rlhf.callbacks"),  # it is quick
 }

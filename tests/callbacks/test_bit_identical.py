@@ -3,9 +3,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from lightning_rlhf.cli import default_callbacks
 from lightning_rlhf.datamodules import PreferenceDataModule, PromptDataModule
 from lightning_rlhf.modules import GRPOModule, PPOModule, PreferenceModule, RewardModule
-from lightning_rlhf.train import default_callbacks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
