@@ -188,7 +188,9 @@ def gradient_of(module, e):
     module.zero_grad()
     loss = module.training_step(e, 0)
     loss.backward()
-    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.on_before_optimizer_step(optimizer)
+    module.configure_gradient_clipping(optimizer)
     return loss.detach(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 

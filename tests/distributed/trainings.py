@@ -36,6 +36,7 @@ from lightning_rlhf.modules import (
     RFTModule,
     SFTModule,
     backbone,
+    scorer,
 )
 from lightning_rlhf.modules.compositions import TokenMean, WhitenedGroupScores
 from lightning_rlhf.modules.objectives import IPO
@@ -194,7 +195,7 @@ def _resolve(spec: str) -> str:
     return resolve(spec)
 
 
-backbone.resolve = _resolve
+backbone.resolve = scorer.resolve = _resolve
 
 
 def strategy_of(name: str) -> object:

@@ -55,7 +55,7 @@ def assert_same(found, expected) -> None:
 def test_on_policy_runs_end_in_the_same_weights(short, fit, reward_folder, name):
     kind, options = ON_POLICY[name]
     # SGD-like steps: where a gradient is rounding, Adam's first steps would have its sign alone.
-    options = {"reward": reward_folder, "adam_eps": 1.0, "learning_rate": 0.5} | options
+    options = {"reward": reward_folder, "adam_eps": 1.0, "learning_rate": 0.1} | options
     runs = {}
     for fast in (True, False):
         torch.manual_seed(0)  # of new adapters

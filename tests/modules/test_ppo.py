@@ -384,7 +384,9 @@ def test_loss_and_gradient_equal_the_restatement(fixed, plain_loss, options):
     loss = module.training_step(e, 0)
     module.zero_grad()
     loss.backward()
-    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.on_before_optimizer_step(optimizer)
+    module.configure_gradient_clipping(optimizer)
     gradients = {name: p.grad.clone() for name, p in module.named_parameters()}
     slow = silent(copy_of(module, **options)).double()
     total, count = slow_loss(slow, e)
