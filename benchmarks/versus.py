@@ -84,13 +84,13 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
     rows = case.prompts * (WARMUP + iterations)
     paths = prepare(args.results / "prepared", TINY if args.tiny else args.model, case.data, rows, case.rows)
     return {
-        library: Job(
+        side: Job(
             case=name,
-            library=library,
+            side=side,
             method=case.method,
             policy=paths["policy"],
             reward=paths["reward"],
-            data=paths["own" if library == OWN else "peer"],
+            data=paths["own" if side == OWN else "peer"],
             rows=case.rows,
             learning_rate=case.learning_rate,
             warmup=WARMUP,
@@ -99,7 +99,7 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
             threads=args.threads,
             **case.settings,
         )
-        for library in ([OWN] if args.own_only else [OWN, case.peer])
+        for side in ([OWN] if args.own_only else [OWN, case.peer])
     }
 
 
@@ -118,15 +118,15 @@ def peer_path(peers: Path, peer: str) -> str:
 
 def run(job: Job, repeat: int, results: Path, peers: Path) -> dict[str, Any]:
     """The result of a run, which is done if it is not."""
-    stem = results / f"{job.case}-{job.library}-{repeat}"
+    stem = results / f"{job.case}-{job.side}-{repeat}"
     out = stem.with_name(f"{stem.name}.json")
     if not out.exists():
         job_file, log_file = stem.with_name(f"{stem.name}.job"), stem.with_name(f"{stem.name}.log")
         job_file.write_text(json.dumps(asdict(job), indent=1))
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-        if job.library != OWN:
-            environment["PYTHONPATH"] = peer_path(peers, job.library)
-        worker = HERE / ("versus_own.py" if job.library == OWN else "versus_trl.py")
+        if job.side != OWN:
+            environment["PYTHONPATH"] = peer_path(peers, job.side)
+        worker = HERE / ("versus_own.py" if job.side == OWN else "versus_trl.py")
         with log_file.open("w") as log:
             command = [sys.executable, str(worker), str(job_file), str(out)]
             code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -147,8 +147,8 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in dict.fromkeys(result["job"]["case"] for result in results):
         of_case = [result for result in results if result["job"]["case"] == name]
-        own = [result for result in of_case if result["job"]["library"] == OWN]
-        peer = [result for result in of_case if result["job"]["library"] != OWN]
+        own = [result for result in of_case if result["job"]["side"] == OWN]
+        peer = [result for result in of_case if result["job"]["side"] != OWN]
         cells = [*compared(own, peer, "median"), *compared(own, peer, "gib")]
         cells += [" / ".join(work_done(side, what) for side in (own, peer) if side) for what in ("tokens", "steps")]
         yield f"| {name} | " + " | ".join(cells) + " |"
@@ -181,7 +181,7 @@ def work_done(results: list[dict[str, Any]], what: str) -> str:
 def conditions(result: dict[str, Any]) -> str:
     """What a run ran on."""
     job, versions = result["job"], ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{job['library']}: {result['cpu']}, {job['accelerator']}, OMP_NUM_THREADS={job['threads']}; {versions}"
+    return f"{job['side']}: {result['cpu']}, {job['accelerator']}, OMP_NUM_THREADS={job['threads']}; {versions}"
 
 
 def arguments() -> argparse.Namespace:

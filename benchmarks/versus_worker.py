@@ -25,7 +25,7 @@ class Job:
     """One run of one library."""
 
     case: str
-    library: str
+    side: str
     """`own`, or the peer with its release."""
     method: str
     """ppo, grpo, dpo, reward or sft."""

@@ -26,12 +26,12 @@ from lightning_rlhf.modules import GRPOModule, PPOModule, PreferenceModule, Rewa
 
 
 def make_job(**changes: object) -> Job:
-    fields = dict(case="sft", library="own", method="sft", policy="p", reward="r", data="d", rows=4, learning_rate=1e-5)
+    fields = dict(case="sft", side="own", method="sft", policy="p", reward="r", data="d", rows=4, learning_rate=1e-5)
     return Job(**(fields | dict(warmup=1, iterations=2, accelerator="cpu", threads=1) | changes))
 
 
-def make_result(case: str, library: str, median: float, gib: float, **changes: object) -> dict:
-    found = dict(job={"case": case, "library": library, "threads": 2, "accelerator": "cpu"}, median=median, gib=gib)
+def make_result(case: str, side: str, median: float, gib: float, **changes: object) -> dict:
+    found = dict(job={"case": case, "side": side, "threads": 2, "accelerator": "cpu"}, median=median, gib=gib)
     return found | dict(tokens=[100, 101], steps=[4, 4], cpu="A Chip", versions={"torch": "2.13.0"}) | changes
 
 
@@ -125,7 +125,7 @@ class TestJobs:
     def test_both_sides_do_the_same(self, jobs):
         for own, peer in (both.values() for both in jobs.values()):
             differing = {key for key, value in asdict(own).items() if asdict(peer)[key] != value}
-            assert differing <= {"library", "data"}
+            assert differing <= {"side", "data"}
 
     def test_the_peer_of_ppo_is_the_release_that_has_it(self, jobs):
         releases = {name: list(both)[1] for name, both in jobs.items()}
