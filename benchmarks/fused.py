@@ -18,7 +18,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_rlhf.functional import linear_logprobs, token_logprobs
-from lightning_rlhf.modules.fused_norm import fuse_norms
+from lightning_rlhf.modules.fused_layers import fuse_layers
 from lightning_rlhf.modules.short_attention import short_attention
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 576, 9, 3, 64, 49152
@@ -45,7 +45,7 @@ def pairs(sequences: int, tokens: int) -> Iterator[Pair]:
     yield Pair("causal attention", flash, partial(short_attention, query, key, value, HEAD_DIM**-0.5))
     hidden = normal(1, sequences * tokens, HIDDEN)
     norms = [LlamaRMSNorm(HIDDEN).to(torch.bfloat16) for _ in range(2)]
-    fuse_norms(norms[1])
+    fuse_layers(norms[1])
     yield Pair("RMSNorm", partial(norms[0], hidden), partial(norms[1], hidden))
     rows, head = normal(sequences * tokens, HIDDEN), (normal(VOCABULARY, HIDDEN) / 20).detach().requires_grad_()
     ids = torch.randint(VOCABULARY, (len(rows),))

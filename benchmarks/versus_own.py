@@ -48,7 +48,7 @@ def letters(prompts: list[str], responses: list[str], **columns: list) -> list[f
 
 def make_module(job: Job) -> L.LightningModule:
     """The module of a job."""
-    options = dict(dtype="bfloat16", learning_rate=job.learning_rate)
+    options = dict(dtype="bfloat16", learning_rate=job.learning_rate, lora_r=job.lora_r)
     if job.method in ON_POLICY:
         options |= dict(
             rollout_batch_size=job.rows,

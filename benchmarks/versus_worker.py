@@ -49,6 +49,7 @@ class Job:
     max_new_tokens: int = 0
     min_new_tokens: int = 0
     value_network: bool = False
+    lora_r: int = 0
 
     @property
     def total(self) -> int:
@@ -126,13 +127,13 @@ def peak_gib() -> float:
     return high_water(Path("/proc/self/status").read_text())
 
 
-def high_water(status: str) -> float:
-    """GiB of `VmHWM` in the text of /proc/PID/status.
+def high_water(status: str, field: str = "VmHWM") -> float:
+    """GiB in a field of the text of /proc/PID/status.
 
     Not `ru_maxrss`: that is handed down to a process by the one that started it.
     """
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    return int(lines["VmHWM"].split()[0]) / 2**20  # the file has kB
+    return int(lines[field].split()[0]) / 2**20  # the file has kB
 
 
 def cpu() -> str:

@@ -5,6 +5,8 @@ backward pass, and adds up their gradient in several more. Here the backward pas
 the dtype of the logits are all it needs:
 
     ∂ logprob / ∂ z_v = 1[v = token] − p_v,     ∂ H / ∂ z_v = −p_v (log p_v + H),     p = softmax(z)
+
+The token's own entry, 1 − p, is kept apart in float32, so that it has digits where the policy is almost certain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,8 +52,12 @@ class SampledFrom(NamedTuple):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         if self.temperature != 1.0:
             z /= self.temperature
+        return self.fill(z, rows, -torch.inf)
+
+    def fill(self, z: Tensor, rows: slice, value: float) -> Tensor:
+        """Write a value where a token cannot come: `scaled` -inf; 0 for sums in which its probability is a factor."""
         for token in self.forbidden if self.where is not None else ():
-            z[:, token].masked_fill_(self.where[rows], -torch.inf)
+            z[:, token].masked_fill_(self.where[rows], value)
         return z
 
 
@@ -96,9 +102,9 @@ def _slices(rows: int, width: int, budget: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _pieces(block: slice, width: int) -> Iterator[tuple[slice, slice]]:
+def _pieces(block: slice, logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """Of a block's rows so many at a time: where they are in the block, and among all rows."""
-    for piece in _slices(block.stop - block.start, width, PIECE):
+    for piece in _slices(*logits.shape, PIECE):
         yield piece, slice(block.start + piece.start, block.start + piece.stop)
 
 
@@ -115,14 +121,16 @@ class _LinearLogprobs(torch.autograd.Function):
         kept = None
         for block in _slices(N, V, BLOCK):
             logits = linear(hidden[block], weight)
-            for piece, rows in _pieces(block, V):
+            for piece, rows in _pieces(block, logits):
                 z = sampled_from.scaled(logits[piece], rows)
                 p = z.softmax(1)
-                chosen = tokens[rows, None]
-                logprobs[rows] = _log(p.gather(1, chosen).squeeze(1), z.gather(1, chosen).squeeze(1), z)
+                at = _at(tokens[rows])
+                logprobs[rows] = _log(p[at], z[at], z)
                 if with_entropy:
-                    entropy[rows] = _entropy(p, z)
+                    lse = z[at] - logprobs[rows]
+                    entropy[rows] = lse - torch.linalg.vecdot(p, sampled_from.fill(z, rows, 0.0))
                 if keeps:
+                    p[at] = 0
                     logits[piece] = p
             kept = logits if keeps else None
         ctx.save_for_backward(hidden, weight, tokens, logprobs, kept)
@@ -133,34 +141,65 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, logprobs, kept = ctx.saved_tensors
-        N, V = len(hidden), len(weight)
+        temperature = ctx.sampled_from.temperature
+        scale, of_entropy = grad_logprobs / temperature, grad_entropy / temperature if ctx.with_entropy else None
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        scale = grad_logprobs / ctx.sampled_from.temperature
-        of_entropy = grad_entropy / ctx.sampled_from.temperature if ctx.with_entropy else None
-        for block in _slices(N, V, BLOCK):
-            chosen = tokens[block, None]
-            if kept is None:
-                grad = linear(hidden[block], weight)
-                for piece, rows in _pieces(block, V):
-                    z = ctx.sampled_from.scaled(grad[piece], rows)
-                    p = z.softmax(1)
-                    slope = -scale[rows, None]
-                    if of_entropy is not None:
-                        log_p = z.log_softmax(1).nan_to_num_(neginf=0.0)  # where p is 0
-                        slope = slope - (log_p + _entropy(p, z)[:, None]) * of_entropy[rows, None]
-                    grad[piece] = p.mul_(slope).scatter_add_(1, chosen[piece], scale[rows, None])
+        for block in _slices(len(hidden), len(weight), BLOCK):
+            # The gradient of the logits is own · one-hot(token) − factor · others, row by row.
+            if kept is not None:
+                others, own, factor = kept, scale * (1 - logprobs.exp()), scale
             else:
-                grad = kept * -scale[:, None].to(kept.dtype)
-                # 1 − p of the token itself from its log-probability, which was not rounded.
-                grad.scatter_(1, chosen, (scale * (1 - logprobs.exp()))[:, None].to(kept.dtype))
+                logits, of_block = linear(hidden[block], weight), (block, tokens)
+                others, own = _slopes(logits, *of_block, ctx.sampled_from, scale, of_entropy)
+                factor = torch.ones_like(own)
+            own, factor = own[:, None], factor[:, None]
             if grad_hidden is not None:
-                grad_hidden[block] = grad @ weight
+                grad_hidden[block] = own * weight[tokens[block]] - factor * (others @ weight)
             if ctx.needs_input_grad[1]:
-                part = grad.T @ hidden[block]
+                part = (others.T @ (hidden[block] * -factor).to(hidden.dtype)).to(weight.dtype)
+                part = _add_rows(part, tokens[block], own * hidden[block])
                 # Many blocks are added up in float32, as one product would be.
                 grad_weight = part if grad_weight is None else grad_weight.to(logprobs.dtype) + part
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _slopes(
+    logits: Tensor,
+    block: slice,
+    tokens: Tensor,
+    sampled_from: SampledFrom,
+    scale: Tensor,
+    of_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Of a block's logits, in their place, minus their gradient, and 0 for the tokens' own; and these."""
+    own = torch.empty_like(scale[block])
+    for piece, rows in _pieces(block, logits):
+        z, at = sampled_from.scaled(logits[piece], rows), _at(tokens[rows])
+        p = z.softmax(1)
+        slope = scale[rows, None]
+        if of_entropy is not None:
+            z = sampled_from.fill(z, rows, 0.0)
+            of_sum = torch.linalg.vecdot(p, z)  # log p + H = z − Σ p z
+            slope = slope + (z - of_sum[:, None]) * of_entropy[rows, None]
+        p.mul_(slope)
+        own[piece] = scale[rows] - p[at]
+        p[at] = 0
+        logits[piece] = p
+    return logits, own
+
+
+def _at(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens are among the logits of all, a row to each."""
+    return torch.arange(len(tokens), device=tokens.device), tokens
+
+
+def _add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """`total` (V, H) with each row added at its token; those of one token are added up in the rows' dtype."""
+    present, which = tokens.unique(return_inverse=True)
+    sums = rows.new_zeros(len(present), rows.shape[1]).index_add_(0, which, rows)
+    total[present] = (total[present] + sums).to(total.dtype)
+    return total
 
 
 def _log(p: Tensor, z: Tensor, all_z: Tensor) -> Tensor:
@@ -168,10 +207,3 @@ def _log(p: Tensor, z: Tensor, all_z: Tensor) -> Tensor:
     tiny = p < 1e-30
     logs = p.log()
     return torch.where(tiny, z - all_z.logsumexp(1), logs) if tiny.any() else logs
-
-
-def _entropy(p: Tensor, z: Tensor) -> Tensor:
-    """log Σ exp z − Σ p z, (n,)."""
-    largest, at = z.max(1, keepdim=True)
-    lse = largest - p.gather(1, at).log()
-    return lse.squeeze(1) - torch.linalg.vecdot(p, z.clamp(min=torch.finfo(z.dtype).min))  # 0 · -inf would be NaN

@@ -59,6 +59,11 @@ class MeanLossModule(RunningFigures):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Gradients of the step before go now: Lightning would keep them through this forward pass."""
+        if not torch.is_tensor(self._loss):  # else they are those of earlier micro-batches
+            self.trainer.optimizers[0].zero_grad()
+
     def mean_loss(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Hand a training step's summed loss to Lightning, and remember it and how many items it sums."""
         count = torch.as_tensor(count, device=total.device)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .short_attention import is_short, short_attention
+from .short_attention import is_short, is_step, short_attention, step_attention
 
 ATTENTION = "padding_free_sdpa"
 VERIFIED = {"gemma", "glm", "gpt2", "gpt_neox", "helium", "llama", "mistral", "olmo", "olmo2", "phi", "phi3", "qwen2"}
@@ -108,7 +108,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention through torch's scaled dot product; with `packed_rows`, causal within each sequence.
+    """transformers' attention, by torch or written out; with `packed_rows`, causal within each sequence.
 
     Args:
         module: the attention layer.
@@ -122,6 +122,8 @@ def attention(
         **kwargs: what `sdpa` takes.
     """
     kwargs |= {"scaling": scaling, "dropout": dropout}
+    if packed_rows is None and is_step(query):
+        return step_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sides = [packed_rows.side_by_side(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value)]

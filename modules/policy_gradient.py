@@ -103,7 +103,7 @@ class PolicyGradientModule(OnPolicyModule):
         target = self.hparams.target_kl
         starts_a_step = batch_idx % self.trainer.accumulate_grad_batches == 0
         if target is None or batch_idx == 0 or not starts_a_step or self._approx_kl <= target:
-            return None
+            return super().on_train_batch_start(batch, batch_idx)
         return -1  # Lightning skips the rest of the epoch
 
     def on_train_epoch_end(self) -> None:

@@ -55,7 +55,7 @@ class ModelReward:
             scorer = load_scorer(module, self._dtype, load_in_4bit=self._load_in_4bit, base=base)
             self._scorer, self._tokenizer = scorer, load_tokenizer(module)
         self._scorer.eval().requires_grad_(False)
-        set_fast_paths(self._scorer, self._padding_free, fused_logprobs=False, fused_norms=False)
+        set_fast_paths(self._scorer, self._padding_free, fused_logprobs=False, fused_layers=False)
 
     @torch.no_grad()
     def __call__(self, given: Responses) -> Tensor:

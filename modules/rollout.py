@@ -138,7 +138,8 @@ def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> Ten
     probability 0 has no interval of its own, so it never comes.
     """
     logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
-    cumulative = (logits[:, 0] / sampling.temperature).softmax(-1).double().cumsum(-1)  # (B, V)
+    scaled = logits[:, 0] if sampling.temperature == 1.0 else logits[:, 0] / sampling.temperature
+    cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 

@@ -1,6 +1,7 @@
-"""Causal attention over short sequences on a CPU, written out as products of small matrices.
+"""Attention on a CPU, written out as products of small matrices: over short sequences, and of one new token.
 
-torch's flash kernel for CPUs is made for long sequences: of 32 tokens its backward takes four times as long as this.
+torch's flash kernel for CPUs is made for many queries: of 32 tokens its backward takes four times as long as this, and
+one token that looks at a cache takes four to seven times as long, however long the cache is.
 """
 
 from typing import Any
@@ -11,6 +12,10 @@ from torch.autograd.function import once_differentiable
 
 SHORT = 64
 """Tokens up to which this is faster; it keeps L x L weights for the backward, which flash does not."""
+
+
+CACHED = 2**22
+"""Elements of keys that are made float32 at a time: 16 MiB."""
 
 
 def is_short(query: Tensor) -> bool:
@@ -36,6 +41,36 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     """
     with torch.autocast(query.device.type, enabled=False):
         return _ShortAttention.apply(query, key, value, scale)
+
+
+def is_step(query: Tensor) -> bool:
+    """Whether a query (B, heads, L, D) is of one new token that is sampled, not trained on, on a CPU."""
+    return query.device.type == "cpu" and query.shape[2] == 1 and not torch.is_grad_enabled()
+
+
+def step_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q Kᵀ) V of one query to a sequence, computed in float32 at least; without a gradient.
+
+    Args:
+        query: (B, heads, 1, D).
+        key: (B, fewer, L, D), as in `short_attention`.
+        value: likewise.
+        mask: (B or 1, 1, 1, L), bool, or what is added to the products; None looks at all.
+        scale: of the products.
+    """
+    rows = max(1, CACHED // key[0].numel())
+    masks = [None] * len(key) if mask is None else mask.expand(len(key), -1, -1, -1).split(rows)
+    parts = zip(_grouped(query, key.shape[1]).split(rows), key.split(rows), value.split(rows), masks, strict=False)
+    with torch.autocast(query.device.type, enabled=False):
+        out = torch.cat([_attend(q, _upcast(k), _upcast(v), bias, scale) for q, k, v, bias in parts])
+    return out.view(query.shape).to(query.dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = (query @ key.transpose(-1, -2)).mul_(scale)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return scores.softmax(-1) @ value
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..pretrained import load_tokenizer
 from .backbone import DTYPES, add_lora, load_causal_lm
 from .checks import check_precision, check_strategy, objects_given, require
 from .exporting import save_network
+from .host_memory import keep_freed_memory
 from .optimization import MeanLossModule
 from .precision import HalfBackbone
 from .quantization import check_4bit
@@ -57,8 +58,11 @@ class TextModule(MeanLossModule):
         padding_free: pass sequences through a network in one row instead of padded side by side, where the network is
             of a type that is known to allow it; others are padded. It changes the speed alone.
         fused_logprobs: go from hidden states to log-probabilities without logits in float32, likewise.
-        fused_norms: compute the gradient of RMSNorms in one go, on a CPU and where their class is known, likewise.
+        fused_layers: compute the gradients of RMSNorm and of SwiGLU in one go, on a CPU and where their class is known,
+            likewise.
         fused_optimizer: update all weights in one kernel; not under `16-mixed`, where losses are scaled.
+        keep_freed_memory: on a CPU under Linux, let the process keep memory that it has freed, for the next step; see
+            `host_memory.py`.
     """
 
     exported = "network"  # the attribute that holds what `load_network` makes
@@ -84,8 +88,9 @@ class TextModule(MeanLossModule):
         trust_remote_code: bool = False,
         padding_free: bool = True,
         fused_logprobs: bool = True,
-        fused_norms: bool = True,
+        fused_layers: bool = True,
         fused_optimizer: bool = True,
+        keep_freed_memory: bool = True,
     ) -> None:
         super().__init__()
         require("dtype", dtype in DTYPES, f"one of {list(DTYPES)}", dtype)
@@ -124,6 +129,8 @@ class TextModule(MeanLossModule):
             check_4bit(self.hparams.lora_r, self.trainer.strategy.root_device, self.mesh)
         if isinstance(precision, HalfPrecision):
             self.trainer.strategy.precision_plugin = HalfBackbone(precision.precision)
+        if self.hparams.keep_freed_memory and self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Build the networks, once; under FSDP2 shard them over the ranks."""
@@ -133,7 +140,7 @@ class TextModule(MeanLossModule):
             networks = self.build()
         h = self.hparams
         for network in networks:
-            set_fast_paths(network, h.padding_free, h.fused_logprobs, h.fused_norms)
+            set_fast_paths(network, h.padding_free, h.fused_logprobs, h.fused_layers)
             shard(network, self.mesh)
         self._is_built = True
 

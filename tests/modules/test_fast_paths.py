@@ -12,10 +12,10 @@ from lightning_rlhf.modules import (
     RFTModule,
     SFTModule,
 )
-from lightning_rlhf.modules.fused_norm import FusedNorm
+from lightning_rlhf.modules.fused_layers import FusedNorm
 from lightning_rlhf.modules.reading import FastPaths, fast_paths
 
-FLAGS = ("padding_free", "fused_logprobs", "fused_norms", "fused_optimizer")
+FLAGS = ("padding_free", "fused_logprobs", "fused_layers", "fused_optimizer")
 PLAIN = dict.fromkeys(FLAGS, False)
 ROWS = ([1, 2, 3, 0], [4, 5, 0], [6, 7, 1, 2, 3, 0], [5, 0], [3, 3, 7, 0], [2, 6, 0])
 
@@ -82,8 +82,8 @@ def test_each_flag_switches_its_path_alone(policy, fit, flag):
     module = fit(SFTModule(policy, **{flag: False}), [pairs()])
     found = fast_paths(module.network)
     optimizer = module.trainer.optimizers[0]
-    has_fused_norms = any(isinstance(m, FusedNorm) for m in module.network.modules())
-    seen = dict(zip(FLAGS, (*found, has_fused_norms, optimizer.defaults["fused"]), strict=True))
+    has_fused_layers = any(isinstance(m, FusedNorm) for m in module.network.modules())
+    seen = dict(zip(FLAGS, (*found, has_fused_layers, optimizer.defaults["fused"]), strict=True))
     assert seen == dict.fromkeys(FLAGS, True) | {flag: False}
 
 

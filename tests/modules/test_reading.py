@@ -75,7 +75,7 @@ def gradients(model: nn.Module, of: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_every_verified_kind_is_read_as_each_sequence_alone(kind):
     model = tiny(kind)
     assert can_be_padding_free(model)
-    set_fast_paths(model, padding_free=True, fused_logprobs=True, fused_norms=True)
+    set_fast_paths(model, padding_free=True, fused_logprobs=True, fused_layers=True)
     assert fast_paths(model).padding_free
     said = read(model, IDS, MASK, WHERE, SampledFrom(0.7), with_entropy=True, hidden_at=MASK.bool())
     logprobs, entropies, hidden = each_alone(model, 0.7)
@@ -94,7 +94,7 @@ def test_every_verified_kind_is_read_as_each_sequence_alone(kind):
 @pytest.mark.parametrize("kind", sorted(VERIFIED - {"helium", "olmo", "olmo2"}))
 def test_every_verified_kind_scores_as_each_sequence_alone(kind):
     scorer = Scorer(tiny(kind, AutoModelForSequenceClassification, num_labels=1))
-    set_fast_paths(scorer, padding_free=True, fused_logprobs=True, fused_norms=True)
+    set_fast_paths(scorer, padding_free=True, fused_logprobs=True, fused_layers=True)
     per_token, raw = scorer.raw_per_token(IDS, MASK), scorer.raw(IDS, MASK)
     for i, (ids, mask) in enumerate(zip(IDS, MASK.bool(), strict=True)):
         expected = scorer.head(scorer.model.base_model(ids[mask][None]).last_hidden_state)[0, :, 0]
@@ -116,7 +116,7 @@ def test_all_ways_say_the_same(ways, lora, checkpointing):
             p.data = p.data.double()
             if "lora_B" in name:
                 nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
-    set_fast_paths(model, *ways, fused_norms=ways[0])
+    set_fast_paths(model, *ways, fused_layers=ways[0])
     assert fast_paths(model) == FastPaths(*ways)
     said = read(model, IDS, MASK, WHERE, with_entropy=True)
     logprobs, entropies, _ = each_alone(model)
@@ -131,7 +131,7 @@ def test_all_ways_say_the_same(ways, lora, checkpointing):
 @pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
 def test_forbidden_tokens(ways):
     model = make_llama(vocab_size=11)
-    set_fast_paths(model, *ways, fused_norms=ways[0])
+    set_fast_paths(model, *ways, fused_layers=ways[0])
     first = torch.tensor([True, False, True, False, False, True, False])  # of the 7 tokens of WHERE
     said = read(model, IDS, MASK, WHERE, SampledFrom(1.0, (0, 10), first), with_entropy=True)
     logits = logits_at(model, IDS, MASK, nn.functional.pad(WHERE[:, 1:], (0, 1)))
@@ -144,7 +144,7 @@ def test_forbidden_tokens(ways):
 @pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
 def test_logits_at(ways):
     model = make_llama(vocab_size=11)
-    set_fast_paths(model, *ways, fused_norms=ways[0])
+    set_fast_paths(model, *ways, fused_layers=ways[0])
     expected = [
         model(ids[mask.bool()][None]).logits[0][w[mask.bool()]] for ids, mask, w in zip(IDS, MASK, WHERE, strict=True)
     ]

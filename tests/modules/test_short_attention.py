@@ -1,13 +1,16 @@
 """Attention written out, held to sums over tokens and to autograd."""
 
 import math
+import sys
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_rlhf.modules.short_attention import SHORT, is_short, short_attention
+from lightning_rlhf.modules.short_attention import SHORT, is_short, is_step, short_attention, step_attention
 
 SCALE = 0.4
+module = sys.modules[short_attention.__module__]
 
 
 def inputs(heads: int, fewer: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -68,3 +71,26 @@ def test_where_it_is_used():
     assert not is_short(long)
     assert not is_short(short.to("meta"))
     assert math.isclose(short_attention(*torch.ones(3, 1, 1, 1, 2), 1.0).sum().item(), 2)
+
+
+@pytest.mark.parametrize("masked", ["no", "bool", "float"])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_one_new_token_attends_as_torch_has_it(monkeypatch, masked, rows):
+    monkeypatch.setattr(module, "CACHED", rows * 2 * 7 * 4)  # of 5 rows, so many at a time
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(5, h, n, 4, generator=generator) for h, n in ((6, 1), (2, 7), (2, 7)))
+    mask = torch.rand(5, 1, 1, 7, generator=generator) < 0.6
+    mask[..., -1] = True
+    if masked == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    mask = None if masked == "no" else mask
+    expected = scaled_dot_product_attention(query, key, value, mask, scale=SCALE, enable_gqa=True)
+    torch.testing.assert_close(step_attention(query, key, value, mask, SCALE), expected)
+
+
+def test_steps_are_single_queries_without_gradient():
+    query = torch.zeros(2, 3, 1, 4)
+    assert not is_step(query)
+    with torch.no_grad():
+        assert is_step(query)
+        assert not is_step(torch.zeros(2, 3, 2, 4))
