@@ -197,8 +197,9 @@ def update(run: Run) -> list[dict[str, int]]:
     """Bytes at four moments of a micro-batch: the end of the forward pass; in the backward pass the logits, the block
     that is largest, and the end.
 
-    The gradients of the last step are gone by then; those of micro-batches before are kept. In a block: four gradients of width I, and with gradient checkpointing what it saves, made anew. At the end
-    FSDP2 has the root's gradients twice, one to send.
+    The gradients of the last step are gone by then; those of micro-batches before are kept. In a block: four gradients
+    of width I, and with gradient checkpointing what it saves, made anew. At the end FSDP2 has the root's gradients
+    twice, one to send.
     """
     networks, shards = in_training(run), run.shards
     kept = {} if run.accumulate_grad_batches > 1 else {"gradients": 0}
