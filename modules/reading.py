@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..functional import SampledFrom, entropy, linear_logprobs, position_ids, token_logprobs
 from .backbone import unwrapped
 from .fused_layers import fuse_layers
-from .padding_free import ATTENTION, can_be_padding_free, collect, packed_inputs, spread
+from .padding_free import ATTENTION, Packing, can_be_padding_free, collect, packed_inputs, spread
 
 
 class FastPaths(NamedTuple):
@@ -55,8 +55,10 @@ class Passage(NamedTuple):
 
     inputs: dict[str, Any]
     """Arguments of its forward."""
-    kept: Tensor | None
-    """(B, L) bool: the tokens that lie in one row; None if they are as they were, padded."""
+    cells: Tensor | None
+    """(S,) number of the cell of (B, L) that each token of the row is from; None if they are as they were, padded."""
+    shape: torch.Size
+    """B, L."""
 
     @classmethod
     def of(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, asked: Tensor) -> "Passage":
@@ -64,24 +66,29 @@ class Passage(NamedTuple):
         positions = position_ids(attention_mask)
         if not fast_paths(model).padding_free:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-            return cls(inputs | {"use_cache": False}, None)
+            return cls(inputs | {"use_cache": False}, None, input_ids.shape)
         still_asked = asked.flip(1).cumsum(1).flip(1) > 0
         kept = attention_mask.bool() & still_asked
         if not kept.any():
             kept = attention_mask.bool()  # a batch without a single target still makes a pass, of all ranks maybe
-        return cls(packed_inputs(input_ids, kept, positions) | {"use_cache": False}, kept)
+        packing = Packing.of(kept)
+        inputs = packed_inputs(packing, input_ids, positions)
+        return cls(inputs | {"use_cache": False}, packing.cells, input_ids.shape)
 
     def rows(self, hidden: Tensor, where: Tensor) -> Tensor:
         """(N, H) hidden states at the N places where `where` (B, L) is True, row by row."""
-        places = where if self.kept is None else where[self.kept]
-        return collect(hidden.flatten(0, 1), places.flatten().nonzero().squeeze(1))
+        places = where.flatten().nonzero().squeeze(1)
+        if self.cells is not None:
+            place_of = torch.empty(self.shape.numel(), dtype=torch.long, device=where.device)
+            place_of[self.cells] = torch.arange(len(self.cells), device=where.device)
+            places = place_of[places]
+        return collect(hidden.flatten(0, 1), places)
 
     def padded(self, hidden: Tensor) -> Tensor:
         """(B, L, ...) hidden states, or what was made of them, where the batch had its tokens."""
-        if self.kept is None:
+        if self.cells is None:
             return hidden
-        cells = self.kept.flatten().nonzero().squeeze(1)
-        return spread(hidden[0], cells, self.kept.numel()).view(*self.kept.shape, *hidden.shape[2:])
+        return spread(hidden[0], self.cells, self.shape.numel()).view(*self.shape, *hidden.shape[2:])
 
 
 class Reading(NamedTuple):

@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from lightning_rlhf.functional import SampledFrom
+from lightning_rlhf.modules import padding_free
 from lightning_rlhf.modules.backbone import add_lora
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
-from lightning_rlhf.modules.padding_free import VERIFIED, PackedRows, can_be_padding_free
+from lightning_rlhf.modules.padding_free import VERIFIED, Group, Packing, can_be_padding_free
 from lightning_rlhf.modules.reading import FastPaths, fast_paths, logits_at, read, set_fast_paths
 from lightning_rlhf.modules.scorer import Scorer
 
@@ -71,6 +72,13 @@ def gradients(model: nn.Module, of: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(params=[32, 1], ids=["one group", "groups"])
+def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the short sequences here lie side by side in attention, or in groups of like length."""
+    monkeypatch.setattr(padding_free, "SMALLEST", request.param)
+
+
+@pytest.mark.usefixtures("smallest")
 @pytest.mark.parametrize("kind", sorted(VERIFIED))
 def test_every_verified_kind_is_read_as_each_sequence_alone(kind):
     model = tiny(kind)
@@ -91,6 +99,7 @@ def test_every_verified_kind_is_read_as_each_sequence_alone(kind):
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.usefixtures("smallest")
 @pytest.mark.parametrize("kind", sorted(VERIFIED - {"helium", "olmo", "olmo2"}))
 def test_every_verified_kind_scores_as_each_sequence_alone(kind):
     scorer = Scorer(tiny(kind, AutoModelForSequenceClassification, num_labels=1))
@@ -102,6 +111,7 @@ def test_every_verified_kind_scores_as_each_sequence_alone(kind):
         torch.testing.assert_close(raw[i], expected[-1])
 
 
+@pytest.mark.usefixtures("smallest")
 @pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -177,20 +187,35 @@ def test_a_batch_without_targets_is_still_passed_through():
 
 def test_sequences_of_one_length_are_not_copied():
     packed = torch.arange(12.0).view(6, 2)
-    rows = PackedRows.of(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]).bool())
-    assert rows.cells is None
-    assert rows.side_by_side(packed).data_ptr() == packed.data_ptr()
-    assert rows.side_by_side(packed).tolist() == packed.view(2, 3, 2).tolist()
+    group = Group.of(torch.tensor([3, 3]))
+    assert group.cells is None
+    assert group.side_by_side(packed).data_ptr() == packed.data_ptr()
+    assert group.side_by_side(packed).tolist() == packed.view(2, 3, 2).tolist()
 
 
 def test_sequences_of_several_lengths():
-    rows = PackedRows.of(torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool())
+    group = Group.of(torch.tensor([3, 1, 2]))
     packed = torch.arange(1.0, 7.0)
-    padded = rows.side_by_side(packed)
+    padded = group.side_by_side(packed)
     assert padded.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
-    assert rows.in_a_row(padded).tolist() == packed.tolist()
-    assert torch.autograd.gradcheck(lambda x: rows.side_by_side(x) ** 2, packed.double().requires_grad_())
-    assert torch.autograd.gradcheck(lambda x: rows.in_a_row(x) ** 2, padded.double().requires_grad_())
+    assert group.in_a_row(padded).tolist() == packed.tolist()
+    assert torch.autograd.gradcheck(lambda x: group.side_by_side(x) ** 2, packed.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: group.in_a_row(x) ** 2, padded.double().requires_grad_())
+
+
+def test_sequences_lie_next_to_those_of_like_length(monkeypatch):
+    monkeypatch.setattr(padding_free, "SMALLEST", 2)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
+    packing = Packing.of(mask)  # up to 2 tokens, to 2.8, to 4
+    assert [group.shape for group in packing.groups] == [(2, 2), (2, 4)]
+    assert [group.tokens for group in packing.groups] == [3, 7]
+    assert packing.cells.tolist() == [6, 23, 24, 0, 1, 2, 3, 16, 17, 18]
+
+
+@pytest.mark.parametrize(("tokens", "shapes"), [(32, [(2, 32)]), (33, [(1, 20), (1, 33)]), (46, [(1, 20), (1, 46)])])
+def test_short_sequences_are_one_group(tokens, shapes):
+    mask = torch.arange(tokens) < torch.tensor([[20], [tokens]])
+    assert [group.shape for group in Packing.of(mask).groups] == shapes
 
 
 class Changed(LlamaForCausalLM):
