@@ -1,5 +1,6 @@
 """Sampling: the distribution, the cache, padding, EOS, and text."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from lightning_rlhf.functional import token_logprobs
 from lightning_rlhf.modules.decoding import RoomyLayer
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
 from lightning_rlhf.modules.ppo import PPOExperience
+from lightning_rlhf.modules.reading import fast_paths, set_fast_paths
 from lightning_rlhf.modules.rollout import Rollout, Sampling, sample, texts, trimmed
 
 PROMPT = [1, 5, 3]
@@ -53,22 +55,31 @@ def p_value(drawn, probabilities):
     return stats.chisquare(observed[kept], expected[kept]).pvalue
 
 
-@pytest.mark.parametrize("compact", [True, False])
+def by_steps(model):
+    """The model, its attention of one new token written out."""
+    copied = copy.deepcopy(model)
+    set_fast_paths(copied, padding_free=True, fused_logprobs=True, fused_layers=True)
+    assert fast_paths(copied).padding_free
+    return copied
+
+
+@pytest.mark.parametrize(("compact", "written_out"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_tokens_follow_the_softmax_at_the_temperature(model, temperature, compact):
-    n = 20_000
+def test_tokens_follow_the_softmax_at_the_temperature(model, temperature, compact, written_out):
+    n, plain = 20_000, model
+    model = by_steps(model) if written_out else model
     ids, mask = left_padded(PROMPT, extra=1)
     sampling = Sampling(2, (EOS,), EOS, temperature=temperature)
     prompts = ids.expand(n, -1), mask.expand(n, -1)
     drawn = sample(model, *prompts, sampling, generator(), compact=compact).response_ids
-    assert p_value(drawn[:, 0], next_token_probabilities(model, PROMPT, temperature)) > 1e-3
-    assert p_value(drawn[:, 0], next_token_probabilities(model, PROMPT, temperature * 1.15)) < 1e-6  # it can tell
+    assert p_value(drawn[:, 0], next_token_probabilities(plain, PROMPT, temperature)) > 1e-3
+    assert p_value(drawn[:, 0], next_token_probabilities(plain, PROMPT, temperature * 1.15)) < 1e-6  # it can tell
     tested = 0
     for first in range(1, 8):
         second = drawn[drawn[:, 0] == first, 1]
         if len(second) > 500:
             tested += 1
-            assert p_value(second, next_token_probabilities(model, [*PROMPT, first], temperature)) > 1e-3
+            assert p_value(second, next_token_probabilities(plain, [*PROMPT, first], temperature)) > 1e-3
     assert tested >= 2
 
 
@@ -102,9 +113,10 @@ def test_constrained_logprobs_know_the_minimum_length():
     assert Sampling(3, (0,), 0).of_tokens(mask).constrain(logits) is logits
 
 
-@pytest.mark.parametrize("kind", ["rotary", "learned positions"])
+@pytest.mark.parametrize("kind", ["rotary", "learned positions", "written out"])
 def test_cached_decoding_has_the_logits_of_the_full_forward(model, learned_positions, kind):
-    model = model if kind == "rotary" else learned_positions
+    plain = learned_positions if kind == "learned positions" else model
+    model = by_steps(plain) if kind == "written out" else plain
     ids, mask = left_padded([1], PROMPT, [2, 2, 6, 7, 1], extra=1)
     for seed in range(20):  # the first noise with which the lengths differ
         seen = []
@@ -115,9 +127,8 @@ def test_cached_decoding_has_the_logits_of_the_full_forward(model, learned_posit
             break
     whole = torch.cat([ids, rollout.response_ids], 1), torch.cat([mask, rollout.response_mask.long()], 1)
     with torch.no_grad():
-        full = model(whole[0], attention_mask=whole[1], position_ids=(whole[1].cumsum(1) - 1).clamp(min=0)).logits[
-            :, -8:-1
-        ]
+        positions = (whole[1].cumsum(1) - 1).clamp(min=0)
+        full = plain(whole[0], attention_mask=whole[1], position_ids=positions).logits[:, -8:-1]
     steps = len(seen)
     counts = rollout.response_mask[:, :steps]
     assert counts.sum() > 6

@@ -33,8 +33,10 @@ def slow(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
     return torch.stack(rows).view(query.shape)
 
 
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 64])
 @pytest.mark.parametrize(("heads", "fewer"), [(4, 4), (4, 2), (6, 2), (3, 1)])
-def test_values_and_gradients(heads, fewer):
+def test_values_and_gradients(monkeypatch, heads, fewer, block):
+    monkeypatch.setattr(module, "BLOCK", block)
     tensors = inputs(heads, fewer)
     got, expected = short_attention(*tensors, SCALE), slow(*tensors)
     torch.testing.assert_close(got, expected)

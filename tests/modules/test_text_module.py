@@ -342,3 +342,18 @@ def test_the_optimizer_is_not_fused_where_losses_are_scaled(sft, make_trainer, m
     assert module.configure_optimizers()["optimizer"].defaults["fused"]
     monkeypatch.setattr(trainer.precision_plugin, "scaler", object(), raising=False)
     assert not module.configure_optimizers()["optimizer"].defaults["fused"]
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [False] * 4), (2, [False, True, False, True])])
+def test_gradients_of_the_step_before_are_gone_in_a_forward_pass(sft, fit, accumulate, expected):
+    class Watched(SFTModule):
+        """Notes in each forward pass whether there are gradients."""
+
+        def training_step(self, batch, batch_idx):
+            seen.append(any(p.grad is not None for p in self.parameters()))
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    module = fit(Watched(sft().hparams.model), [BATCH] * 4, accumulate_grad_batches=accumulate)
+    assert seen == expected
+    assert all(p.grad is not None for p in module.parameters())  # of the last step, to look at
