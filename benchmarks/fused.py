@@ -3,25 +3,28 @@
     python benchmarks/fused.py                      # a minibatch of 16 sequences of 31 tokens of SmolLM2-135M
     python benchmarks/fused.py --sequences 8 --tokens 256
 
-In bfloat16, with the sizes of SmolLM2-135M. `kept` is what autograd holds between forward and backward.
+In bfloat16, with the sizes of SmolLM2-135M. `kept` is what autograd holds between forward and backward. The attention
+of one new token, as in sampling, is a forward pass over `--tokens` cached ones, with four times as many sequences.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from meters import median_seconds
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from lightning_rlhf.functional import linear_logprobs, token_logprobs
 from lightning_rlhf.modules.fused_layers import fuse_layers
-from lightning_rlhf.modules.short_attention import short_attention
+from lightning_rlhf.modules.short_attention import short_attention, step_attention
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 576, 9, 3, 64, 49152
+CONFIG = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=1536, hidden_act="silu", mlp_bias=False)
 
 
 class Pair(NamedTuple):
@@ -30,6 +33,8 @@ class Pair(NamedTuple):
     name: str
     plain: Callable[[], Tensor]
     ours: Callable[[], Tensor]
+    is_trained: bool = True
+    """Whether there is a backward pass."""
 
 
 def normal(*shape: int) -> Tensor:
@@ -47,6 +52,13 @@ def pairs(sequences: int, tokens: int) -> Iterator[Pair]:
     norms = [LlamaRMSNorm(HIDDEN).to(torch.bfloat16) for _ in range(2)]
     fuse_layers(norms[1])
     yield Pair("RMSNorm", partial(norms[0], hidden), partial(norms[1], hidden))
+    mlps = [LlamaMLP(CONFIG).to(torch.bfloat16) for _ in range(2)]
+    fuse_layers(mlps[1])
+    yield Pair("SwiGLU, with its products", partial(mlps[0], hidden), partial(mlps[1], hidden))
+    shapes = ((4 * sequences, n, heads, HEAD_DIM) for n, heads in ((1, HEADS), (tokens, KV_HEADS), (tokens, KV_HEADS)))
+    query, key, value = (normal(*shape).transpose(1, 2) for shape in shapes)
+    flash = partial(scaled_dot_product_attention, query, key, value, enable_gqa=True)
+    yield Pair("attention of one token", flash, partial(step_attention, query, key, value, None, HEAD_DIM**-0.5), False)
     rows, head = normal(sequences * tokens, HIDDEN), (normal(VOCABULARY, HIDDEN) / 20).detach().requires_grad_()
     ids = torch.randint(VOCABULARY, (len(rows),))
     yield Pair(
@@ -56,8 +68,11 @@ def pairs(sequences: int, tokens: int) -> Iterator[Pair]:
     )
 
 
-def forward_and_backward(function: Callable[[], Tensor]) -> None:
-    """What a training step does with it."""
+def run(function: Callable[[], Tensor], is_trained: bool) -> None:
+    """What a training step, or a step of sampling, does with it."""
+    if not is_trained:
+        torch.no_grad()(function)()
+        return
     out = function()
     out.backward(torch.ones_like(out), retain_graph=True)  # the inputs' own graph stays
 
@@ -67,7 +82,8 @@ def kept_mib(function: Callable[[], Tensor]) -> float:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
+        whole = tensor if tensor._base is None else tensor._base
+        if not (whole.is_leaf and whole.requires_grad):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -87,8 +103,8 @@ def main() -> None:
     print("| | ms, plain | ours | kept MiB, plain | ours |\n| --- | --- | --- | --- | --- |")
     for pair in pairs(args.sequences, args.tokens):
         both = pair.plain, pair.ours
-        ms = [1e3 * median_seconds(partial(forward_and_backward, way), args.repetitions) for way in both]
-        mib = [kept_mib(way) for way in both]
+        ms = [1e3 * median_seconds(partial(run, way, pair.is_trained), args.repetitions) for way in both]
+        mib = [kept_mib(way) if pair.is_trained else 0 for way in both]
         print(f"| {pair.name} | {ms[0]:.2f} | {ms[1]:.2f} | {mib[0]:.1f} | {mib[1]:.1f} |", flush=True)
 
 
