@@ -28,9 +28,11 @@ def report(module: RunningFigures, stage: str, samples: Samples, statistics: Tok
     per_sequence |= {"truncated_rate": 1 - rollout.ended.float()}
     for name, values in per_sequence.items():
         module.log_mean(f"{stage}/{name}", values, prog_bar=name in ON_BAR, batch_size=len(mask))
-    per_token = {"kl_per_token": k1, "kl_k3_per_token": k3, "entropy": statistics.entropy}
+    gap = (statistics.logprobs - rollout.sampled_logprobs).abs()
+    per_token = {"kl_per_token": k1, "kl_k3_per_token": k3, "entropy": statistics.entropy, "sampler_gap": gap}
     for name, values in per_token.items():
         module.log_mean(f"{stage}/{name}", values, mask, batch_size=len(mask))
+    module.log_largest(f"{stage}/sampler_gap_max", gap[mask], batch_size=len(mask))
     columns = {"reward": scores.total, **components, "kl": kl, "length": lengths, "ended": rollout.ended}
     return {
         "prompt": samples.prompts,

@@ -58,6 +58,8 @@ class Rollout(NamedTuple):
     """(B, T) bool, True up to the EOS, inclusive."""
     ended: Tensor
     """(B,) bool, whether there is an EOS."""
+    sampled_logprobs: Tensor
+    """(B, T) float32, log-probability of each token as whatever sampled it had it; 0 outside the mask."""
 
 
 Columns = TypeVar("Columns", bound=NamedTuple)
@@ -105,13 +107,14 @@ def sample(
     was_training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
     response_ids = torch.full(shape, sampling.pad_token_id, device=device)
+    logprobs = torch.zeros(shape, device=device)
     running = torch.ones(shape[:1], dtype=torch.bool, device=device)
     eos = torch.tensor(sampling.eos_token_ids, device=device)
     batch = Decoding.start(model, prompt_ids, prompt_mask.long(), sampling.max_new_tokens, compact)
     for step in range(sampling.max_new_tokens):
-        drawn = _draw(batch.logits, step, sampling, noise[batch.rows, step : step + 1])  # (rows, 1)
+        drawn, said = _draw(batch.logits, step, sampling, noise[batch.rows, step : step + 1])  # (rows, 1) each
         tokens = drawn.where(running[batch.rows, None], sampling.pad_token_id)
-        response_ids[batch.rows, step] = tokens[:, 0]
+        response_ids[batch.rows, step], logprobs[batch.rows, step] = tokens[:, 0], said[:, 0]
         running[batch.rows] &= ~torch.isin(drawn[:, 0], eos)
         others_run = any_rank is not None and any_rank(running.any())
         if step + 1 == sampling.max_new_tokens or not (running.any() or others_run):
@@ -119,7 +122,7 @@ def sample(
         batch.step(tokens, running[batch.rows])
     model.train(was_training)
     counts = response_mask(response_ids, sampling.eos_token_ids)
-    return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running)
+    return Rollout(prompt_ids, prompt_mask.bool(), response_ids, counts, ~running, logprobs.masked_fill(~counts, 0.0))
 
 
 def row_noise(rows: Sequence[int], tokens: int, seed: int, *stream: int) -> Tensor:
@@ -131,16 +134,18 @@ def row_noise(rows: Sequence[int], tokens: int, seed: int, *stream: int) -> Tens
     return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=generator) for generator in generators])
 
 
-def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Response token number `step`, (B, 1), from logits (B, 1, V), by inverting the cumulative distribution.
+def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Response token number `step` from logits (B, 1, V), and its log-probability, (B, 1) each.
 
-    One random number per sequence instead of the one per vocabulary entry that `torch.multinomial` draws. A token of
-    probability 0 has no interval of its own, so it never comes.
+    By inverting the cumulative distribution: one random number per sequence, instead of one per entry of the vocabulary
+    as `torch.multinomial` draws. A token of probability 0 has no interval of its own, so it never comes.
     """
     logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
     scaled = logits[:, 0] if sampling.temperature == 1.0 else logits[:, 0] / sampling.temperature
-    cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    probabilities = scaled.softmax(-1)  # (B, V)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    return tokens, probabilities.gather(1, tokens).log()
 
 
 def texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:

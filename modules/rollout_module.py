@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..functional import penalize_missing_eos, soft_overlong_penalty
 from .backbone import load_causal_lm
 from .checks import require
+from .engines import RolloutEngine
 from .experience import Experience, TokenStatistics
 from .reading import read
 from .reference import FrozenReference
@@ -57,6 +58,8 @@ class RolloutModule(TextModule):
             (DAPO); 0 is off.
         forward_batch_size: most sequences in one scoring pass (policy, reference, reward model); sampling takes all at
             once.
+        rollout_engine: what samples responses in the place of this project's own loop, such as `VLLMEngine`; None is
+            that loop.
         compact_rollouts: read a prompt once for all its responses, and let go of responses that have ended while the
             others go on. It changes the speed alone.
         **kwargs: see `TextModule`.
@@ -78,6 +81,7 @@ class RolloutModule(TextModule):
         missing_eos_penalty: float = 0.0,
         overlong_buffer: int = 0,
         forward_batch_size: int = 32,
+        rollout_engine: RolloutEngine | None = None,
         compact_rollouts: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -86,7 +90,7 @@ class RolloutModule(TextModule):
         require("temperature", temperature > 0, "above 0", temperature)
         require("min_new_tokens", 0 <= min_new_tokens <= max_new_tokens, f"0 to {max_new_tokens=}", min_new_tokens)
         require("overlong_buffer", 0 <= overlong_buffer <= max_new_tokens, f"0 to {max_new_tokens=}", overlong_buffer)
-        h = self.hparams
+        self.engine, h = rollout_engine, self.hparams
         terms = [] if reward is None else reward_terms(reward, h.dtype, forward_batch_size, h.padding_free)
         self.rewards = WeightedRewards(terms, reward_weights)
         self.policy: nn.Module | None = None
@@ -102,6 +106,10 @@ class RolloutModule(TextModule):
             raise ValueError(
                 "`reward` is required to fit, validate or test: a reward model, a dotted path of a function, or a list."
             )
+        if self.engine is not None:  # it is given whole weights
+            require("load_in_4bit", not self.hparams.load_in_4bit, "false with `rollout_engine`", True)
+            is_whole = self.mesh is None or self._unshards_rollouts
+            require("--trainer.strategy.unshard_rollouts", is_whole, "true with `rollout_engine`", False)
 
     def build(self) -> list[nn.Module]:
         """Load the policy and its frozen reference."""
@@ -127,6 +135,9 @@ class RolloutModule(TextModule):
         noise = row_noise(rows, self.hparams.max_new_tokens, self.seed, *stream).to(self.device)
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         with (sampler or self.sampler)() as network:
+            if self.engine is not None:
+                seeds = (noise[:, 0] * 2**31).long().tolist()
+                return self.engine.sample(network, ids, mask, self.sampling, seeds)
             return sample(network, ids, mask, self.sampling, noise, self.any_rank, self.hparams.compact_rollouts)
 
     @contextmanager

@@ -170,7 +170,9 @@ def test_kl_in_the_loss_is_not_in_the_rewards(grpo, fit):
 def test_rewards_of_tokens_stay_where_they_were_earned(grpo):
     """By hand: the rest of the total comes at the last token, after clipping; KL is charged at every token."""
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    rollout = Rollout(torch.ones(2, 1).long(), torch.ones(2, 1).bool(), mask.long(), mask, torch.tensor([True, True]))
+    rollout = Rollout(
+        torch.ones(2, 1).long(), torch.ones(2, 1).bool(), mask.long(), mask, torch.tensor([True, True]), mask.float()
+    )
     statistics = TokenStatistics(torch.full((2, 3), -1.0) * mask, torch.full((2, 3), -1.5) * mask, *[mask.float()] * 3)
     scores = Scores(torch.tensor([7.0, 1.0]), {}, torch.tensor([[1.0, 0.0, 2.0], [0.0, -3.0, 0.0]]))
     module = grpo(kl_in="reward", kl_estimator="k1", score_clip=2.5)

@@ -260,7 +260,7 @@ def rollout_of(lengths, ended):
     """A rollout of responses of these lengths."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     prompts = torch.ones(len(lengths), 1, dtype=torch.long)
-    return Rollout(prompts, prompts.bool(), mask.long(), mask, torch.tensor(ended))
+    return Rollout(prompts, prompts.bool(), mask.long(), mask, torch.tensor(ended), mask.float())
 
 
 def test_scores_are_normalised_by_all_scores_so_far(ppo):
@@ -762,7 +762,7 @@ def test_values_without_a_value_model_are_0_before_the_first_update(ppo, fit):
 def test_statistics_are_0_outside_the_mask(ppo, fit, moved):
     module = fit(moved(ppo(learning_rate=0.0)))
     e = experience_of(module)
-    rollout = Rollout(*e[:4], e.response_mask.any(1))
+    rollout = Rollout(*e[:4], e.response_mask.any(1), e.logprobs)
     for field in module.token_statistics(rollout)[:4]:
         assert not field[~e.response_mask].any()
 

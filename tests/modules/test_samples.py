@@ -14,7 +14,7 @@ def numbered(first, lengths, width):
     rows = torch.arange(first, first + len(lengths))
     prompt_mask = torch.arange(width).flip(0) < torch.tensor(lengths)[:, None]
     response = rows[:, None].expand(-1, 3)
-    rollout = Rollout(rows[:, None] * prompt_mask, prompt_mask, response, response > 0, rows % 2 == 0)
+    rollout = Rollout(rows[:, None] * prompt_mask, prompt_mask, response, response > 0, rows % 2 == 0, response.float())
     scores = Scores(rows.float(), {"a": rows * 10.0, "b": rows * 100.0})
     return Samples([f"p{i}" for i in rows.tolist()], [f"r{i}" for i in rows.tolist()], rollout, scores)
 
