@@ -1,6 +1,7 @@
 """This project beside TRL: seconds per iteration and peak memory of the same training, in turn on the same machine.
 
     python benchmarks/versus.py ppo                # also ppo_value_network, ppo_uneven, grpo, dpo, reward, sft, or all
+    python benchmarks/versus.py grpo_learning      # and seconds to the same reward
     python benchmarks/versus.py ppo_lora sft_lora  # this project alone: memory of PPO beside that of SFT
 
 Each run is a process of its own; own and peer alternate, `--repeats` times. Done runs are not repeated. The peer, no
@@ -17,6 +18,8 @@ ppo_value_network: the same, ours with a value network too.
 ppo_uneven: 32 prompts, up to 128 new tokens by a model whose responses have some 25, most of them fewer; 4 passes in 4
     minibatches.
 grpo: 8 prompts with 8 responses of exactly 24 tokens, 4 passes in 4 minibatches, β = 0.04 in the loss, a Python reward.
+grpo_learning: 8 prompts with 4 responses, one pass, a learning rate at which the reward rises; the table's second part
+    has the seconds until both had the same mean reward (over three iterations), warm-up included.
 dpo: 16 pairs, prompts of 8 and completions of 20 to 120 tokens (log-normal), β = 0.1, the reference in memory.
 reward: the same pairs, Bradley-Terry.
 sft: 16 texts of 20 to 160 tokens.
@@ -76,7 +79,9 @@ CASES = {
     "reward": Case("reward", PEER, "pairs", 16, 16, 1e-5, 2, {}),
     "sft": Case("sft", PEER, "texts", 16, 16, 1e-5, 2, {}),
 }
-ALONE = {
+LEARNING = ("grpo_learning",)
+OTHERS = {  # no part of `all`
+    "grpo_learning": Case("grpo", PEER, "prompts", 32, 8, 1e-5, 4, FIXED | {"passes": 1, "group_size": 4}),
     "ppo_lora": Case("ppo", None, "prompts", 64, 64, 1e-4, 1, FIXED | {"lora_r": 16}),
     "sft_lora": Case("sft", None, "lines", 16, 16, 1e-4, 16, {"lora_r": 16}),
 }
@@ -86,7 +91,7 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
     """What either library does in a case; models and data are made where they are missing."""
     from versus_data import TINY, prepare
 
-    case = (CASES | ALONE)[name]
+    case = (CASES | OTHERS)[name]
     iterations = case.measured * args.iterations
     rows = case.prompts * (WARMUP + iterations)
     paths = prepare(args.results / "prepared", TINY if args.tiny else args.model, case.data, rows, case.rows)
@@ -159,8 +164,41 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         cells = [*compared(own, peer, "median"), *compared(own, peer, "gib")]
         cells += [" / ".join(work_done(side, what) for side in (own, peer) if side) for what in ("tokens", "steps")]
         yield f"| {name} | " + " | ".join(cells) + " |"
+    yield from same_reward([result for result in results if result["job"]["case"] in LEARNING])
     yield ""
     yield from (f"{line}." for line in dict.fromkeys(map(conditions, results)))
+
+
+def same_reward(results: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of seconds until either library had the reward that both reach, run by run."""
+    own, peer = ([r for r in results if (r["job"]["side"] == OWN) == is_own] for is_own in (True, False))
+    if not (own and peer):
+        return
+    yield ""
+    yield "| case | mean reward at first | reached by both | s until then, ours | TRL | TRL ÷ ours |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for ours, theirs in zip(own, peer, strict=False):
+        target = min(smooth(side["rewards"])[-1] for side in (ours, theirs))
+        seconds = [seconds_until(side, target) for side in (ours, theirs)]
+        first = statistics.mean(side["rewards"][0] for side in (ours, theirs))
+        cells = [
+            f"{first:.3f}",
+            f"{target:.3f}",
+            *(f"{value:.0f}" for value in seconds),
+            f"{seconds[1] / seconds[0]:.2f}",
+        ]
+        yield f"| {ours['job']['case']} | " + " | ".join(cells) + " |"
+
+
+def smooth(rewards: list[float]) -> list[float]:
+    """Means over three iterations; the first two have no three behind them."""
+    return [statistics.mean(rewards[i - 2 : i + 1]) for i in range(2, len(rewards))]
+
+
+def seconds_until(result: dict[str, Any], target: float) -> float:
+    """From the start of the training to the end of the iteration in which the smoothed reward got there."""
+    first = next(i for i, reward in enumerate(smooth(result["rewards"])) if reward >= target)
+    return sum([*result["warmup_seconds"], *result["seconds"]][: first + 3])
 
 
 def compared(own: list[dict[str, Any]], peer: list[dict[str, Any]], field: str) -> list[str]:
@@ -203,7 +241,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=[*CASES, *ALONE, "all"], metavar="CASE")
+    parser.add_argument("cases", nargs="+", choices=[*CASES, *OTHERS, "all"], metavar="CASE")
     add_machine_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
     parser.add_argument("--own-only", action="store_true", help="leave TRL out")

@@ -22,6 +22,7 @@ class IterationClock(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.record.count(sum(pl_module.samples["length"]))
+        self.record.reward(pl_module.samples["reward"])
         self.record.lap()
 
 

@@ -123,7 +123,9 @@ def grpo(job: Job, record: Record, options: dict[str, Any]) -> Trainer:
 
     def letters(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         record.count(sum(map(len, completion_ids)))
-        return lower_case_share(completions)
+        rewards = lower_case_share(completions)
+        record.reward(rewards)
+        return rewards
 
     config = GRPOConfig(
         **options,

@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Record:
     def __init__(self) -> None:
         self.laps: list[dict[str, float]] = []
         self._start, self._tokens, self._steps = 0.0, 0, 0
+        self._rewards: list[float] = []
         self._hook = register_optimizer_step_post_hook(self._stepped)  # of every optimizer in the process
 
     def _stepped(self, *_: Any) -> None:
@@ -81,11 +82,17 @@ class Record:
         """So many tokens more in this iteration: sampled, or, of given texts, learned from; no padding."""
         self._tokens += int(tokens)
 
+    def reward(self, rewards: Iterable[float]) -> None:
+        """Of responses in this iteration."""
+        self._rewards += rewards
+
     def lap(self) -> None:
         """An iteration ends, the next begins."""
         now = _now()
-        self.laps.append({"seconds": now - self._start, "tokens": self._tokens, "steps": self._steps})
-        self._start, self._tokens, self._steps = now, 0, 0
+        reward = statistics.mean(self._rewards) if self._rewards else 0.0
+        lap = {"seconds": now - self._start, "tokens": self._tokens, "steps": self._steps, "reward": reward}
+        self.laps.append(lap)
+        self._start, self._tokens, self._steps, self._rewards = now, 0, 0, []
 
     def result(self, job: Job, packages: tuple[str, ...], figures: dict[str, float]) -> dict[str, Any]:
         """All of a run, for its file.
@@ -107,6 +114,7 @@ class Record:
             "median": statistics.median(columns["seconds"]),
             **columns,
             "warmup_seconds": [lap["seconds"] for lap in self.laps[: job.warmup]],
+            "rewards": [lap["reward"] for lap in self.laps],
             "gib": peak_gib(),
             "figures": figures,
             "versions": versions,

@@ -65,9 +65,8 @@ class VLLMEngine(RolloutEngine):
         vllm = require_vllm()
         if self._llm is None:
             self._llm = self._start(vllm, network)
-        # In place: the engine lives in this process.
-        model = self._llm.llm_engine.model_executor.driver_worker.model_runner.model
-        model.load_weights(whole_weights(network))
+        # In place and without a copy: the engine lives in this process.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(network)})
         self._llm.reset_prefix_cache()  # it was of the old weights
         shared = dict(
             temperature=sampling.temperature,
@@ -92,7 +91,7 @@ class VLLMEngine(RolloutEngine):
     def _start(self, vllm: Any, network: nn.Module) -> Any:
         """An engine for models of this shape; the weights come later."""
         bare = unwrapped(network)
-        how = {"distributed_executor_backend": "external_launcher"} if dist.is_initialized() else {}
+        how = _among_ranks() if dist.is_initialized() and dist.get_world_size() > 1 else {}
         with TemporaryDirectory() as folder:
             bare.config.save_pretrained(folder)
             return vllm.LLM(
@@ -105,6 +104,13 @@ class VLLMEngine(RolloutEngine):
                 **how,
                 **self.options,
             )
+
+
+def _among_ranks() -> dict[str, str]:
+    """Arguments of an engine of its own on each of several ranks; vLLM reads its place from the environment."""
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def require_vllm() -> Any:

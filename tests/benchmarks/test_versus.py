@@ -17,12 +17,13 @@ import versus_trl
 import versus_worker
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from versus import CASES, conditions, peer_path, table
-from versus_data import TINY, as_drawn, bisect, drawn_length, known_words, make_rows, prepare, tiny_model
+from versus_data import PROMPT_TOKENS, TINY, as_drawn, bisect, drawn_length, known_words, make_rows, prepare, tiny_model
 from versus_trl import sampled_tokens
 from versus_worker import Job, Record, high_water, lower_case_share, numbers
 
 from lightning_rlhf.datamodules import SFTDataModule
 from lightning_rlhf.modules import GRPOModule, PPOModule, PreferenceModule, RewardModule, SFTModule
+from lightning_rlhf.modules.sharing import shared_base
 
 
 def make_job(**changes: object) -> Job:
@@ -113,6 +114,58 @@ class TestTable:
     def test_conditions_of_another_machine_differ(self):
         results = [make_result("sft", "own", 1, 1), make_result("sft", "own", 1, 1, cpu="Another")]
         assert len(set(map(conditions, results))) == 2
+
+
+class TestSameReward:
+    def result(self, side: str, rewards: list[float], seconds: list[float]) -> dict:
+        return make_result(
+            "grpo_learning", side, 1, 1, rewards=rewards, warmup_seconds=seconds[:1], seconds=seconds[1:]
+        )
+
+    def test_is_the_lower_of_both_ends_and_when_each_got_there(self):
+        own = self.result("own", [0.0, 0.3, 0.6, 0.9, 0.9], [4.0, 2.0, 2.0, 2.0, 2.0])  # smoothed 0.3, 0.6, 0.8
+        peer = self.result("trl-1.16.0", [0.2, 0.2, 0.5, 0.5, 0.8], [9.0, 5.0, 5.0, 5.0, 5.0])  # 0.3, 0.4, 0.6
+        line = list(versus.same_reward([own, peer]))[-1]
+        assert line == "| grpo_learning | 0.100 | 0.600 | 10 | 29 | 2.90 |"
+        assert line in list(table([own, peer]))
+
+    def test_needs_both(self):
+        assert list(versus.same_reward([self.result("own", [0.0] * 3, [1.0] * 3)])) == []
+
+    def test_other_cases_have_none(self):
+        assert not any("reached" in line for line in table([make_result("ppo", side, 1, 1) for side in ("own", "t")]))
+
+
+class TestOthers:
+    def jobs(self, folder: Path, name: str) -> dict[str, Job]:
+        flags = dict(results=folder, tiny=True, model="", iterations=1, accelerator="cpu", threads=2, own_only=False)
+        return versus.jobs(name, argparse.Namespace(**flags))
+
+    def test_memory_of_lora_is_of_as_many_tokens(self, folder):
+        ppo, sft = (self.jobs(folder, name)["own"] for name in ("ppo_lora", "sft_lora"))
+        assert self.jobs(folder, "ppo_lora").keys() == {"own"}
+        assert (ppo.lora_r, sft.lora_r) == (16, 16)
+        texts = [json.loads(line)["text"].split() for line in Path(sft.data).read_text().splitlines()]
+        assert {len(text) + 1 for text in texts} == {PROMPT_TOKENS + ppo.max_new_tokens}  # each with its EOS
+        assert ppo.minibatch == sft.rows
+
+    def test_the_reward_model_is_an_adapter_of_the_policys_base(self, folder):
+        module = versus_own.make_module(self.jobs(folder, "ppo_lora")["own"])
+        module.configure_model()
+        (term,) = module.rewards.to(torch.device("cpu"), None, shared_base(module)).terms.values()
+        policy = {p.data_ptr() for p in module.policy.parameters()}
+        own = [p for p in term._scorer.parameters() if p.data_ptr() not in policy]
+        assert 0 < sum(p.numel() for p in own) < 0.5 * sum(p.numel() for p in module.policy.parameters())
+
+    def test_learning_is_watched(self, folder):
+        record = Record()
+        for rewards in ([0.0, 1.0], [0.5]):
+            record.reward(rewards)
+        record.lap()
+        record.lap()
+        assert [lap["reward"] for lap in record.laps] == [0.5, 0.0]
+        own, peer = self.jobs(folder, "grpo_learning").values()
+        assert own.steps == peer.steps == 2
 
 
 class TestJobs:

@@ -29,13 +29,11 @@ class StandIn:
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype))
         assert load_format == "dummy"
         nn.init.zeros_(self.model.get_output_embeddings().weight)
-        runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load_weights))
-        worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
-        self.llm_engine = SimpleNamespace(model_executor=worker)
         self.made.append(self)
 
-    def load_weights(self, pairs) -> None:
-        own, given = dict(self.model.named_parameters()), dict(pairs)
+    def collective_rpc(self, method, kwargs) -> None:
+        assert method == "reload_weights"
+        own, given = dict(self.model.named_parameters()), dict(kwargs["weights_iterator"])
         assert given.keys() == own.keys()
         for name, weight in given.items() if self.loads else ():
             own[name].data.copy_(weight)
@@ -96,12 +94,12 @@ def test_the_engine_samples_from_the_weights_of_the_moment(short, fit, stand_in,
 
 
 def test_weights_that_do_not_arrive_are_seen(short, fit, stand_in, monkeypatch):
-    def once(self, pairs):
-        load(self, pairs)
+    def once(self, method, kwargs):
+        load(self, method, kwargs)
         self.loads = False
 
-    load = StandIn.load_weights
-    monkeypatch.setattr(StandIn, "load_weights", once)
+    load = StandIn.collective_rpc
+    monkeypatch.setattr(StandIn, "collective_rpc", once)
     module = fit(short(PPOModule)(rollout_engine=VLLMEngine(), learning_rate=0.1), max_epochs=3)
     assert figures(module)["rollout/sampler_gap"] > 0.1
 
@@ -190,6 +188,7 @@ def test_it_is_a_flag(policy, capsys, monkeypatch):
     assert "max_model_len: 64" in said
 
 
+@pytest.mark.filterwarnings("ignore")  # of vLLM, and of Lightning about the process group that vLLM makes
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_vllm_itself(short, fit, tmp_path, lora_r):
