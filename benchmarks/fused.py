@@ -3,8 +3,8 @@
     python benchmarks/fused.py                      # a minibatch of 16 sequences of 31 tokens of SmolLM2-135M
     python benchmarks/fused.py --sequences 8 --tokens 256
 
-In bfloat16, with the sizes of SmolLM2-135M. `kept` is what autograd holds between forward and backward. The attention
-of one new token, as in sampling, is a forward pass over `--tokens` cached ones, with four times as many sequences.
+In bfloat16, with the sizes of SmolLM2-135M. `kept` is what autograd holds between forward and backward. What
+one new token takes is a forward pass, over `--tokens` cached ones, of four times as many sequences.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from meters import median_seconds
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -59,6 +59,11 @@ def pairs(sequences: int, tokens: int) -> Iterator[Pair]:
     query, key, value = (normal(*shape).transpose(1, 2) for shape in shapes)
     flash = partial(scaled_dot_product_attention, query, key, value, enable_gqa=True)
     yield Pair("attention of one token", flash, partial(step_attention, query, key, value, None, HEAD_DIM**-0.5), False)
+    layer = nn.Linear(HIDDEN, CONFIG.intermediate_size, bias=False, dtype=torch.bfloat16)
+    one = normal(4 * sequences, 1, HIDDEN)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 4 * sequences)
+    products = partial(torch.ops.mkldnn._linear_pointwise, one, laid_out, None, "none", [], "")
+    yield Pair("gate of one token", partial(layer, one), products, False)
     rows, head = normal(sequences * tokens, HIDDEN), (normal(VOCABULARY, HIDDEN) / 20).detach().requires_grad_()
     ids = torch.randint(VOCABULARY, (len(rows),))
     yield Pair(

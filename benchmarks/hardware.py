@@ -21,6 +21,7 @@ from model_shapes import LLAMAS, Run, Shape, backbone, parameters
 from small_llama import llama_config
 from transformers import LlamaForCausalLM
 
+from lightning_rlhf.modules.packed_weights import packed_weights
 from lightning_rlhf.modules.reading import read, set_fast_paths
 from lightning_rlhf.modules.rollout import Sampling, sample
 
@@ -79,7 +80,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[list[str]]:
     optimizer.zero_grad()
     prompts = ids[:1, :P].expand(args.rows, -1)
     sampling = Sampling(T, (), 0)
-    took = seconds_of(lambda: sample(model, prompts, torch.ones_like(prompts), sampling), device, args.repetitions)
+
+    def roll_out() -> None:
+        with packed_weights(model, args.rows):
+            sample(model, prompts, torch.ones_like(prompts), sampling)
+
+    took = seconds_of(roll_out, device, args.repetitions)
     rate = sum(step_bytes(shape, args.rows, P + i) for i in range(T)) / took
     size, said = f"{args.rows} x {T}", f"{rate / 1e9:.1f} GB/s, {args.rows * T / took:.0f} tokens/s"
     return [*lines, ["sampling", size, f"{took:.3f}", said, share(rate, args.bandwidth)]]

@@ -10,6 +10,7 @@ from meters import median_seconds
 
 from lightning_rlhf.loaders import generator_for
 from lightning_rlhf.modules import PPOModule
+from lightning_rlhf.modules.packed_weights import packed_weights
 from lightning_rlhf.modules.ppo import PPOExperience
 from lightning_rlhf.modules.rollout import Rollout, sample, texts, trimmed
 from lightning_rlhf.modules.scoring import Responses
@@ -32,7 +33,8 @@ def main() -> None:
     prompts = torch.randint(100, 20_000, (args.responses, 6), generator=generator_for(0))
 
     def roll_out() -> Rollout:
-        return sample(module.policy, prompts, torch.ones_like(prompts), module.sampling, generator_for(1))
+        with packed_weights(module.policy, len(prompts)):
+            return sample(module.policy, prompts, torch.ones_like(prompts), module.sampling, generator_for(1))
 
     rollout = roll_out()
     with torch.no_grad():
