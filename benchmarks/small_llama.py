@@ -74,6 +74,7 @@ def make_module(run: Run, folder: Path, plain: bool = True) -> PPOModule | SFTMo
         max_new_tokens=run.response,
         forward_batch_size=run.forward_batch_size,
         compact_rollouts=not plain,
+        packed_weights=not plain,
         **options,
     )
 
