@@ -137,6 +137,7 @@ def _reward_and_kl() -> list[Panel]:
 def _responses() -> list[Panel]:
     return [
         curves("Entropy per token, nats", "rollout/entropy", "val/entropy"),
+        curves("Sampler against trainer, abs. log-ratio", "rollout/sampler_gap", "rollout/sampler_gap_max"),
         curves("Length, tokens", "rollout/response_length", "val/response_length", "rollout/best_length"),
         curves("Ended; cut off at the limit", "rollout/eos_rate", "rollout/truncated_rate", between=SHARE),
         curves("Different 1-grams and 2-grams", "rollout/distinct_1", "rollout/distinct_2", between=SHARE),
