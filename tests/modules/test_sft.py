@@ -67,7 +67,7 @@ def test_accumulation_and_padding_change_no_gradient(sft, fit, policy, new_gradi
         found.append(watch.steps[0])
     for gradients in found[1:]:
         for name, gradient in found[0].items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=5e-6)
     assert max(g.abs().max() for g in found[0].values()) > 1e-2
     if not options:
         slow = AutoModelForCausalLM.from_pretrained(policy)
