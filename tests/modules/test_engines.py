@@ -200,5 +200,5 @@ def test_vllm_itself(short, fit, tmp_path, lora_r):
     options = {"model": str(tmp_path / "policy"), "lora_r": lora_r, "learning_rate": 0.05, "max_new_tokens": 8}
     module = fit(short(PPOModule)(rollout_engine=engine, **options), max_epochs=3)
     found = figures(module)
-    assert found["rollout/sampler_gap_max"] < 0.05
+    assert found["rollout/sampler_gap_max"] < 1e-4
     assert found["rollout/kl"] != 0.0  # the policy has moved, and the engine with it
