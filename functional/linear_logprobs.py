@@ -158,7 +158,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_hidden[block] = own * weight[tokens[block]] - factor * (others @ weight)
             if ctx.needs_input_grad[1]:
                 part = (others.T @ (hidden[block] * -factor).to(hidden.dtype)).to(weight.dtype)
-                part = _add_rows(part, tokens[block], own * hidden[block])
+                part = add_rows(part, tokens[block], own * hidden[block])
                 # Many blocks are added up in float32, as one product would be.
                 grad_weight = part if grad_weight is None else grad_weight.to(logprobs.dtype) + part
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
@@ -194,7 +194,7 @@ def _at(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(tokens), device=tokens.device), tokens
 
 
-def _add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+def add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
     """`total` (V, H) with each row added at its token; those of one token are added up in the rows' dtype."""
     present, which = tokens.unique(return_inverse=True)
     sums = rows.new_zeros(len(present), rows.shape[1]).index_add_(0, which, rows)

@@ -18,6 +18,7 @@ from ..functional import kl_k1
 from .checks import require, require_divides
 from .clock import PhaseClock
 from .experience import Experience, ExperienceDataset, TokenStatistics, experience_loader, of_all_ranks
+from .host_memory import give_back_freed_memory, let_go_of_files
 from .reporting import figures_of_all, report, seen
 from .rollout import Rollout
 from .rollout_module import Reward, RolloutModule
@@ -41,6 +42,8 @@ class OnPolicyModule(RolloutModule):
             most methods is `rollout_batch_size`.
         num_passes: passes over each iteration's experience, K in the PPO paper. Usual: 1 to 4.
         normalize_scores: subtract the mean and divide by the standard deviation of all scores of the run so far.
+        lean_phases: on a CPU under Linux, hand memory back between the phases of an iteration: before a rollout what is
+            free, after it the pages of frozen weights, which the kernel brings again; see `host_memory.py`.
         **kwargs: see `RolloutModule` and `TextModule`.
     """
 
@@ -58,6 +61,7 @@ class OnPolicyModule(RolloutModule):
         minibatch_size: int = 16,
         num_passes: int = 4,
         normalize_scores: bool = False,
+        lean_phases: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
@@ -117,11 +121,18 @@ class OnPolicyModule(RolloutModule):
     def rollout_phase(self) -> Iterator[None]:
         """Precision as in a training step, no gradient (inference mode's tensors could not enter autograd later)."""
         self.clock.restart()
-        self.clock.enter("rollout")
+        self.enter("rollout")
         with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights():
             yield
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradient
-        self.clock.enter("update")
+        self.enter("update")
+
+    def enter(self, phase: str) -> None:
+        """Another phase of an iteration begins: it is timed, and the memory of the one before is handed back."""
+        if self.hparams.lean_phases and self.device.type == "cpu":
+            give_back_freed_memory()
+            let_go_of_files()
+        self.clock.enter(phase)
 
     def sample_and_score(self, again: int = 0) -> Samples:
         """Responses to the next prompts, G to each, and their rewards.
@@ -133,12 +144,14 @@ class OnPolicyModule(RolloutModule):
         prompts = repeated(self._prompts.take(h.rollout_batch_size // h.group_size), h.group_size)
         prompts = self.trainer.strategy.batch_to_device(prompts)
         stream = [self.current_epoch, again] if again else [self.current_epoch]
-        self.clock.enter("rollout")
+        self.enter("rollout")
         rollout = self.roll_out(prompts, self.own_rows(), *stream)
-        self.clock.enter("scoring")
+        self.enter("scoring")
         self._sampled["episodes"] += len(prompts["prompts"])
         self._sampled["tokens"] += int(rollout.response_mask.sum())
-        return self.score(rollout, prompts)
+        samples = self.score(rollout, prompts)
+        self.enter("scoring")  # by the policy and its reference: the reward model has done its part
+        return samples
 
     def own_rows(self) -> range:
         """Numbers of this rank's responses among those of all ranks in an iteration."""

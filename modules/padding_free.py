@@ -4,8 +4,12 @@ A model takes them as one sequence of S tokens whose positions start anew. Atten
 ends: it is told by a keyword that transformers hands through to the attention function, which is ours. That puts
 sequences of like length side by side again, padded on the right, where causal attention needs no mask. So padding costs
 attention only, and there not much; linear layers, norms and activations see none of it.
+
+What sequences of like length have in common at their begin (the prompt of a group's responses or of a pair, a system
+prompt) lies in the row once: a causal model says the same of it every time, and its gradients are added up.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,60 +33,107 @@ SMALLEST = 32
 up to 45 tokens, 64, 90, 128 and so on, each step √2. So how a sequence is computed depends on its own length alone."""
 
 
+class Places(NamedTuple):
+    """Which token of a row stands in which cell of a grid; a token may stand in several, of the same column."""
+
+    source: Tensor
+    """(cells,) number of the token of each; any for those of `empty`."""
+    first: Tensor
+    """(tokens,) number of the cell that is each one's own."""
+    empty: Tensor
+    """Numbers of the cells without a token."""
+    again: Tensor
+    """Numbers of the other cells with a token;"""
+    shared: Tensor
+    """the tokens that stand in these, each once;"""
+    which: Tensor
+    """and of each of these the place of its token in `shared`."""
+
+    @classmethod
+    def of(cls, source: Tensor, first: Tensor, again: Tensor, device: torch.device) -> "Places":
+        """Of tensors on the CPU."""
+        empty = torch.ones_like(source, dtype=torch.bool)
+        empty[first] = empty[again] = False
+        shared, which = source[again].unique(return_inverse=True)
+        return cls(*(x.to(device) for x in (source, first, empty.nonzero().squeeze(1), again, shared, which)))
+
+
 class Group(NamedTuple):
     """Sequences next to each other in a row of tokens."""
 
     tokens: int
-    cells: Tensor | None
-    """(tokens,) number of each token's cell in the padded (B, L); None if no sequence is shorter than another."""
+    places: Places | None
+    """In the padded (B, L); None if no sequence is shorter than another, and none begins like another."""
     shape: tuple[int, int]
     """B, L."""
 
-    @classmethod
-    def of(cls, lengths: Tensor) -> "Group":
-        """Of sequences (B,) of so many tokens."""
-        longest, tokens = int(lengths.max()), int(lengths.sum())
-        shape = len(lengths), longest
-        if tokens == shape[0] * longest:
-            return cls(tokens, None, shape)
-        inside = torch.arange(longest, device=lengths.device) < lengths[:, None]
-        return cls(tokens, inside.flatten().nonzero().squeeze(1), shape)
-
     def side_by_side(self, packed: Tensor) -> Tensor:
         """(tokens, ...) -> (B, L, ...), zeros behind the ends."""
-        whole = packed if self.cells is None else spread(packed, self.cells, self.shape[0] * self.shape[1])
+        whole = packed if self.places is None else spread(packed, self.places)
         return whole.view(*self.shape, *packed.shape[1:])
 
     def in_a_row(self, padded: Tensor) -> Tensor:
         """(B, L, ...) -> (tokens, ...)."""
         whole = padded.flatten(0, 1)
-        return whole if self.cells is None else collect(whole, self.cells)
+        return whole if self.places is None else collect(whole, self.places.first)
 
 
 class Packing(NamedTuple):
     """How the real tokens of a padded batch (B, L) lie in a row of S."""
 
-    cells: Tensor
-    """(S,) number of the cell that each is from."""
+    places: Places
+    """In the batch."""
     groups: list[Group]
     """Sequences of like length, one after the other."""
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Packing":
+    def of(cls, mask: Tensor, input_ids: Tensor) -> "Packing":
         """Of the real tokens in a mask (B, L), bool, wherever the padding is; each row is its own sequence."""
-        present = mask.any(1).nonzero().squeeze(1)
-        lengths = mask[present].sum(1)
-        steps = 2 * (lengths / SMALLEST).log2() if mask.device.type == "cpu" else torch.zeros_like(lengths)
-        kinds, order = steps.ceil().clamp(min=0).sort(stable=True)
-        sizes = kinds.unique_consecutive(return_counts=True)[1].tolist()
-        groups = [Group.of(part) for part in lengths[order].split(sizes)]
-        rows, columns = mask[present[order]].nonzero(as_tuple=True)
-        return cls(present[order][rows] * mask.shape[1] + columns, groups)
+        device, mask, input_ids = mask.device, mask.cpu(), input_ids.cpu()
+        kinds: dict[float, list[int]] = {}
+        for row, length in enumerate(mask.sum(1).tolist()):
+            if length:
+                steps = 2 * math.log2(length / SMALLEST) if device.type == "cpu" else 0
+                kinds.setdefault(max(math.ceil(steps), 0), []).append(row)
+        groups, source, first, again = [], torch.zeros(mask.numel(), dtype=torch.long), [], []
+        for kind in sorted(kinds):
+            rows = sorted(kinds[kind], key=lambda row: input_ids[row][mask[row]].tolist())
+            own_cells = [row * mask.shape[1] + mask[row].nonzero().squeeze(1) for row in rows]
+            cells = nn.utils.rnn.pad_sequence(own_cells, batch_first=True, padding_value=-1)
+            numbers, *kinds_of_cells = _once(input_ids.flatten()[cells].where(cells >= 0, -1))
+            is_here, before = cells.flatten() >= 0, sum(group.tokens for group in groups)
+            source[cells.flatten()[is_here]] = before + numbers[is_here]
+            for found, of_group in zip((first, again), kinds_of_cells, strict=True):
+                found.append(cells.flatten()[of_group])
+            tokens = len(first[-1])
+            places = None if tokens == cells.numel() else Places.of(numbers, *kinds_of_cells, device)
+            groups.append(Group(tokens, places, tuple(cells.shape)))
+        return cls(Places.of(source, torch.cat(first), torch.cat(again), device), groups)
 
 
-def spread(rows: Tensor, cells: Tensor, size: int) -> Tensor:
-    """(size, ...): row i at place `cells[i]`, 0 elsewhere; no two in one place."""
-    return _Spread.apply(rows, cells, size)
+def _once(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where tokens stand that lie in a row once, however many sequences begin with them.
+
+    Args:
+        ids: of sequences (B, L) in the order of a dictionary, -1 behind their ends.
+
+    Returns:
+        (B · L,) numbers of the tokens in the row, any behind the ends; the cells that are the first of a token, and
+        those in which it stands again.
+    """
+    inside = ids >= 0
+    again = torch.zeros_like(inside)
+    again[1:] = ((ids[1:] == ids[:-1]) & inside[1:]).cumprod(1).bool()  # as far as a sequence is the one above it
+    own = inside & ~again
+    rows = torch.arange(len(ids))[:, None].expand_as(ids)
+    owner = rows.where(own, 0).cummax(0).values
+    number = own.flatten().cumsum(0).view_as(ids) - 1
+    return number.gather(0, owner).flatten(), *(x.flatten().nonzero().squeeze(1) for x in (own, again))
+
+
+def spread(rows: Tensor, places: Places) -> Tensor:
+    """(cells, ...): the rows where they stand, 0 elsewhere."""
+    return _Spread.apply(rows, *places)
 
 
 def collect(rows: Tensor, cells: Tensor) -> Tensor:
@@ -91,19 +142,24 @@ def collect(rows: Tensor, cells: Tensor) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """Autograd's own backward of an index allows for equal ones, slowly."""
+    """Autograd's own backward of an index allows for equal ones anywhere, slowly, and rounds each sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, cells: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(cells)
-        spread = rows.new_zeros(size, *rows.shape[1:])
-        spread[cells] = rows
-        return spread
+    def forward(ctx: Any, rows: Tensor, source: Tensor, first: Tensor, empty: Tensor, *shared: Tensor) -> Tensor:
+        ctx.save_for_backward(first, *shared)
+        spread = rows[source]
+        return spread.index_fill_(0, empty, 0) if len(empty) else spread
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[ctx.saved_tensors[0]], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, again, shared, which = ctx.saved_tensors
+        of_rows = grad[first]
+        if len(again):
+            more = grad[again].to(torch.promote_types(grad.dtype, torch.float32))
+            sums = more.new_zeros(len(shared), *more.shape[1:]).index_add_(0, which, more)
+            of_rows[shared] = (of_rows[shared] + sums).to(grad.dtype)
+        return of_rows, *[None] * 6
 
 
 class _Collect(torch.autograd.Function):
@@ -184,8 +240,8 @@ def can_be_padding_free(model: nn.Module) -> bool:
 def packed_inputs(packing: Packing, input_ids: Tensor, positions: Tensor) -> dict[str, Any]:
     """Arguments for a model: the tokens (B, L) in one row."""
     return {
-        "input_ids": input_ids.flatten()[packing.cells][None],
-        "position_ids": positions.flatten()[packing.cells][None],
+        "input_ids": input_ids.flatten()[packing.places.first][None],
+        "position_ids": positions.flatten()[packing.places.first][None],
         # transformers takes a mask of four dimensions as it is, and so does not make one of S x S.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
         "packed_rows": packing.groups,

@@ -8,7 +8,7 @@ ways compute the same, and are on by default where a model is known to allow the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ..functional import SampledFrom, entropy, linear_logprobs, position_ids, token_logprobs
 from .backbone import unwrapped
 from .fused_layers import fuse_layers
-from .padding_free import ATTENTION, Packing, can_be_padding_free, collect, packed_inputs, spread
+from .padding_free import ATTENTION, Packing, Places, can_be_padding_free, collect, packed_inputs, spread
+from .tied_embedding import is_tied, tied_embedding
 
 
 class FastPaths(NamedTuple):
@@ -55,8 +56,8 @@ class Passage(NamedTuple):
 
     inputs: dict[str, Any]
     """Arguments of its forward."""
-    cells: Tensor | None
-    """(S,) number of the cell of (B, L) that each token of the row is from; None if they are as they were, padded."""
+    places: Places | None
+    """Where in (B, L) the tokens of the row are from; None if they are as they were, padded."""
     shape: torch.Size
     """B, L."""
 
@@ -71,24 +72,19 @@ class Passage(NamedTuple):
         kept = attention_mask.bool() & still_asked
         if not kept.any():
             kept = attention_mask.bool()  # a batch without a single target still makes a pass, of all ranks maybe
-        packing = Packing.of(kept)
+        packing = Packing.of(kept, input_ids)
         inputs = packed_inputs(packing, input_ids, positions)
-        return cls(inputs | {"use_cache": False}, packing.cells, input_ids.shape)
+        return cls(inputs | {"use_cache": False}, packing.places, input_ids.shape)
 
     def rows(self, hidden: Tensor, where: Tensor) -> Tensor:
         """(N, H) hidden states at the N places where `where` (B, L) is True, row by row."""
-        places = where.flatten().nonzero().squeeze(1)
-        if self.cells is not None:
-            place_of = torch.empty(self.shape.numel(), dtype=torch.long, device=where.device)
-            place_of[self.cells] = torch.arange(len(self.cells), device=where.device)
-            places = place_of[places]
-        return collect(hidden.flatten(0, 1), places)
+        return collect(self.padded(hidden).flatten(0, 1), where.flatten().nonzero().squeeze(1))
 
     def padded(self, hidden: Tensor) -> Tensor:
         """(B, L, ...) hidden states, or what was made of them, where the batch had its tokens."""
-        if self.cells is None:
+        if self.places is None:
             return hidden
-        return spread(hidden[0], self.cells, self.shape.numel()).view(*self.shape, *hidden.shape[2:])
+        return spread(hidden[0], self.places).view(*self.shape, *hidden.shape[2:])
 
 
 class Reading(NamedTuple):
@@ -126,18 +122,22 @@ def read(
     passage = Passage.of(model, input_ids, attention_mask, before if hidden_at is None else before | hidden_at)
     tokens = input_ids[where]
     sampled_from = SampledFrom() if sampled_from is None else sampled_from
-    head, seen = unwrapped(model).get_output_embeddings(), []
+    embed, head = unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings()
+    seen, weights = [], []
+    places = before.flatten().nonzero().squeeze(1)
     is_fused = fast_paths(model).fused_logprobs
 
     def forward(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        rows = passage.rows(hidden, before)
+        seen.append(passage.padded(hidden))
+        rows = collect(seen[0].flatten(0, 1), places)
         if not is_fused:
             return type(head).forward(head, rows[None])
-        return torch.stack(linear_logprobs(rows, head.weight, tokens, sampled_from, with_entropy), dim=-1)[None]
+        weight = weights[0] if weights else head.weight
+        return torch.stack(linear_logprobs(rows, weight, tokens, sampled_from, with_entropy), dim=-1)[None]
 
+    embedding = _calls(embed, tied_embedding(embed, weights.append)) if is_fused and is_tied(embed, head) else None
     # The model hands on what its head returns as its logits. It is called as a whole, as sharding wants it.
-    with _calls(head, forward):
+    with _calls(head, forward), embedding or nullcontext():
         out = model(**passage.inputs).logits[0]
     if is_fused:
         logprobs, entropies = out.unbind(-1)
@@ -145,7 +145,7 @@ def read(
         logits = sampled_from.constrain(out)
         logprobs = token_logprobs(logits, tokens, sampled_from.temperature)
         entropies = entropy(logits, sampled_from.temperature) if with_entropy else None
-    return Reading(logprobs, entropies if with_entropy else None, passage.padded(seen[0]))
+    return Reading(logprobs, entropies if with_entropy else None, seen[0])
 
 
 def logits_at(model: PreTrainedModel | PeftModel, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class FrozenReference:
 
     def __init__(self, model: PreTrainedModel | PeftModel, other: PreTrainedModel | None = None) -> None:
         self._model = model
-        frozen = other if other is not None or isinstance(model, PeftModel) else copy.deepcopy(model)
+        frozen = other if other is not None or isinstance(model, PeftModel) else _twin(model)
         self.copy = None if frozen is None else frozen.eval().requires_grad_(False)
         self.refreshes = 0
         """How often it was refreshed."""
@@ -133,6 +133,14 @@ class FrozenReference:
         config = copy.deepcopy(self._model.peft_config[self._model.active_adapter])
         with torch.random.fork_rng():  # peft draws values, which are then written over
             self._model.add_adapter(ADAPTER, config)
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy, which takes the weights as they are, in their file maybe; the model, to be trained, gets new ones."""
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        mine.data, theirs.data = theirs.data, mine.data
+    return twin
 
 
 def _renamed(name: str, adapter: str, other: str) -> str:

@@ -1,12 +1,17 @@
-"""Freed memory that stays: page faults of a process that makes and drops large blocks, with and without."""
+"""Memory of a process: what stays when it is freed, what goes back to the kernel, and what that changes."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_llama
+from torch.nn import Module
 
-from lightning_rlhf.modules import SFTModule, text_module
+from lightning_rlhf.modules import PPOModule, SFTModule, host_memory, on_policy, text_module
+from lightning_rlhf.modules.backbone import load_causal_lm
+from lightning_rlhf.modules.reference import FrozenReference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 FAULTS = """
@@ -14,11 +19,12 @@ import resource, torch
 from lightning_rlhf.modules.host_memory import keep_freed_memory
 if {keeps}:
     keep_freed_memory()
+make_and_drop = lambda: [torch.zeros(2**22) for _ in range(8)]  # of 16 MiB
 for _ in range(2):
-    torch.zeros(2**24)
+    make_and_drop()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    torch.zeros(2**24)  # 64 MiB
+    make_and_drop()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -42,3 +48,83 @@ def test_it_is_a_flag(policy, fit, monkeypatch, keeps):
     }
     fit(SFTModule(policy, keep_freed_memory=keeps), [batch])
     assert len(calls) == keeps
+
+
+RESIDENT = """
+import torch
+from lightning_rlhf.modules.host_memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+blocks = [torch.ones(2**18) for _ in range(400)]  # of 1 MiB
+kept = blocks[::100]
+del blocks
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+
+
+def test_what_is_free_goes_back_wherever_it_lies():
+    freed = float(subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, check=True).stdout)
+    assert freed > 350  # MiB
+
+
+@pytest.fixture
+def mapped(tmp_path) -> Module:
+    """A policy of 16 bits, whose weights lie in its file."""
+    make_llama(vocab_size=5000, hidden_size=256).bfloat16().save_pretrained(tmp_path / "policy")
+    return load_causal_lm(str(tmp_path / "policy"), "bfloat16", False)
+
+
+def lies_in_a_clean_file(weight: torch.Tensor) -> bool:
+    return any(start <= weight.data_ptr() < end for start, end in host_memory.clean_weights())
+
+
+def resident_files() -> int:
+    """kB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssFile"].split()[0])
+
+
+def test_weights_in_a_file_leave_the_process_and_come_back(mapped):
+    before = [p.clone() for p in mapped.parameters()]
+    resident = resident_files()
+    host_memory.let_go_of_files()
+    kilobytes = sum(p.nbytes for p in mapped.parameters()) / 1024
+    assert resident - resident_files() > 0.8 * kilobytes > 1000
+    for p, value in zip(mapped.parameters(), before, strict=True):
+        torch.testing.assert_close(p, value, rtol=0, atol=0)
+
+
+def test_weights_that_were_written_to_stay(mapped):
+    weight = mapped.model.norm.weight
+    assert lies_in_a_clean_file(weight)
+    with torch.no_grad():
+        weight.fill_(3)
+    assert not lies_in_a_clean_file(weight)
+    host_memory.let_go_of_files()
+    assert (weight == 3).all()
+
+
+def test_the_reference_keeps_the_file_and_the_policy_gets_memory(mapped):
+    parameters, before = list(mapped.parameters()), [p.clone() for p in mapped.parameters()]
+    reference = FrozenReference(mapped).copy
+    assert [id(p) for p in mapped.parameters()] == [id(p) for p in parameters]
+    assert all(lies_in_a_clean_file(p) for p in reference.parameters())
+    assert not any(lies_in_a_clean_file(p) for p in mapped.parameters())
+    assert mapped.lm_head.weight.data_ptr() != reference.lm_head.weight.data_ptr()
+    for mine, theirs, value in zip(mapped.parameters(), reference.parameters(), before, strict=True):
+        torch.testing.assert_close(mine, value, rtol=0, atol=0)
+        torch.testing.assert_close(theirs, value, rtol=0, atol=0)
+        assert mine.requires_grad
+        assert not theirs.requires_grad
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_phases_hand_memory_back_by_a_flag(short, fit, monkeypatch, lean):
+    calls = []
+    for name in ("give_back_freed_memory", "let_go_of_files"):
+        monkeypatch.setattr(on_policy, name, lambda name=name: calls.append(name))
+    fit(short(PPOModule)(lean_phases=lean))
+    assert bool(calls) == lean
+    assert set(calls) <= {"give_back_freed_memory", "let_go_of_files"}

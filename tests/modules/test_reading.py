@@ -10,7 +10,7 @@ from lightning_rlhf.functional import SampledFrom
 from lightning_rlhf.modules import padding_free
 from lightning_rlhf.modules.backbone import add_lora
 from lightning_rlhf.modules.lstm import LSTMConfig, LSTMForCausalLM
-from lightning_rlhf.modules.padding_free import VERIFIED, Group, Packing, can_be_padding_free
+from lightning_rlhf.modules.padding_free import VERIFIED, Packing, can_be_padding_free
 from lightning_rlhf.modules.reading import FastPaths, fast_paths, logits_at, read, set_fast_paths
 from lightning_rlhf.modules.scorer import Scorer
 
@@ -33,8 +33,9 @@ SIZES = dict(
     pad_token_id=0,
 )
 ALL_WAYS = [(True, True), (True, False), (False, True), (False, False)]
-# Padding on the left, on the right, and both; a sequence without padding; one without a target.
-IDS = torch.tensor([[0, 0, 3, 1, 4, 1], [5, 9, 2, 6, 0, 0], [0, 5, 3, 5, 0, 0], [8, 9, 7, 9, 3, 2], [3, 8, 4, 0, 0, 0]])
+# Padding on the left, on the right, and both; a sequence without padding; one without a target. The second and the
+# third begin alike; the last is the begin of the first.
+IDS = torch.tensor([[0, 0, 3, 1, 4, 1], [5, 9, 2, 6, 0, 0], [0, 5, 9, 5, 0, 0], [8, 9, 7, 9, 3, 2], [3, 1, 4, 0, 0, 0]])
 MASK = torch.tensor(
     [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
 )
@@ -172,7 +173,8 @@ def tokens_seen(model: nn.Module, *args: object) -> int:
 def test_what_is_behind_the_last_target_is_not_computed():
     model = make_llama(vocab_size=11)
     set_fast_paths(model, True, True, True)
-    assert tokens_seen(model, IDS, MASK, WHERE) == 3 + 3 + 1 + 3  # up to the token before the last target
+    assert tokens_seen(model, IDS, MASK, WHERE) == 3 + 3 + 0 + 3  # up to the token before the last target;
+    # the one of the third is the second's, too
     set_fast_paths(model, False, True, True)
     assert tokens_seen(model, IDS, MASK, WHERE) == IDS.numel()
 
@@ -185,37 +187,83 @@ def test_a_batch_without_targets_is_still_passed_through():
     said.logprobs.sum().backward()
 
 
+def packed(*sequences: list[int], width: int = 6) -> Packing:
+    """Of sequences with padding on the left."""
+    ids = torch.tensor([[0] * (width - len(sequence)) + sequence for sequence in sequences])
+    return Packing.of(torch.arange(width) >= torch.tensor([[width - len(sequence)] for sequence in sequences]), ids)
+
+
 def test_sequences_of_one_length_are_not_copied():
-    packed = torch.arange(12.0).view(6, 2)
-    group = Group.of(torch.tensor([3, 3]))
-    assert group.cells is None
-    assert group.side_by_side(packed).data_ptr() == packed.data_ptr()
-    assert group.side_by_side(packed).tolist() == packed.view(2, 3, 2).tolist()
+    (group,) = packed([3, 4, 5], [6, 7, 8]).groups
+    row = torch.arange(12.0).view(6, 2)
+    assert group.places is None
+    assert group.side_by_side(row).data_ptr() == row.data_ptr()
+    assert group.side_by_side(row).tolist() == row.view(2, 3, 2).tolist()
 
 
 def test_sequences_of_several_lengths():
-    group = Group.of(torch.tensor([3, 1, 2]))
-    packed = torch.arange(1.0, 7.0)
-    padded = group.side_by_side(packed)
+    (group,) = packed([3, 4, 5], [6], [7, 8]).groups
+    row = torch.arange(1.0, 7.0)
+    padded = group.side_by_side(row)
     assert padded.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
-    assert group.in_a_row(padded).tolist() == packed.tolist()
-    assert torch.autograd.gradcheck(lambda x: group.side_by_side(x) ** 2, packed.double().requires_grad_())
+    assert group.in_a_row(padded).tolist() == row.tolist()
+    assert torch.autograd.gradcheck(lambda x: group.side_by_side(x) ** 2, row.double().requires_grad_())
     assert torch.autograd.gradcheck(lambda x: group.in_a_row(x) ** 2, padded.double().requires_grad_())
+
+
+def test_what_sequences_begin_with_lies_in_the_row_once():
+    packing = packed([7, 1, 2, 3], [7, 1, 2, 3], [5], [7, 1], [5, 6], [7, 1, 4], [1, 2, 3], width=4)
+    (group,) = packing.groups  # in the order of a dictionary: 123, 5, 56, 71, 7123, 7123, 714
+    assert packing.places.first.tolist() == [25, 26, 27, 11, 19, 14, 15, 2, 3, 23]
+    row = torch.arange(1.0, 11.0)  # 1 2 3, 5, 6, 7 1, 2 3, 4
+    padded = group.side_by_side(row)
+    assert padded.tolist() == [
+        [1, 2, 3, 0],
+        [4, 0, 0, 0],
+        [4, 5, 0, 0],
+        [6, 7, 0, 0],
+        [6, 7, 8, 9],
+        [6, 7, 8, 9],
+        [6, 7, 10, 0],
+    ]
+    assert group.in_a_row(padded).tolist() == row.tolist()
+    in_batch = padding_free.spread(row, packing.places).view(7, 4)
+    assert in_batch.tolist() == [
+        [6, 7, 8, 9],
+        [6, 7, 8, 9],
+        [0, 0, 0, 4],
+        [0, 0, 6, 7],
+        [0, 0, 4, 5],
+        [0, 6, 7, 10],
+        [0, 1, 2, 3],
+    ]
+    for places in (group.places, packing.places):
+        row = torch.rand(10, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, places=places: padding_free.spread(x, places) ** 2, row)
+
+
+def test_gradients_of_what_is_shared_are_added_up_in_float32():
+    packing = packed(*([9, token] for token in range(8)))
+    row = torch.ones(9, 1, dtype=torch.bfloat16, requires_grad=True)
+    padding_free.spread(row, packing.places).backward(
+        torch.tensor([1.0] + [2**-8] * 7).bfloat16().repeat_interleave(6)[:, None]
+    )
+    assert row.grad[0].item() == torch.tensor(1 + 7 * 2**-8).bfloat16().item()  # one by one, each would round to 1
 
 
 def test_sequences_lie_next_to_those_of_like_length(monkeypatch):
     monkeypatch.setattr(padding_free, "SMALLEST", 2)
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
-    packing = Packing.of(mask)  # up to 2 tokens, to 2.8, to 4
+    packing = Packing.of(mask, torch.arange(25).view(5, 5))  # up to 2 tokens, to 2.8, to 4
     assert [group.shape for group in packing.groups] == [(2, 2), (2, 4)]
     assert [group.tokens for group in packing.groups] == [3, 7]
-    assert packing.cells.tolist() == [6, 23, 24, 0, 1, 2, 3, 16, 17, 18]
+    assert packing.places.first.tolist() == [6, 23, 24, 0, 1, 2, 3, 16, 17, 18]
 
 
 @pytest.mark.parametrize(("tokens", "shapes"), [(32, [(2, 32)]), (33, [(1, 20), (1, 33)]), (46, [(1, 20), (1, 46)])])
 def test_short_sequences_are_one_group(tokens, shapes):
     mask = torch.arange(tokens) < torch.tensor([[20], [tokens]])
-    assert [group.shape for group in Packing.of(mask).groups] == shapes
+    assert [group.shape for group in Packing.of(mask, torch.zeros_like(mask, dtype=torch.long)).groups] == shapes
 
 
 class Changed(LlamaForCausalLM):
