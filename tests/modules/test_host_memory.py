@@ -15,11 +15,11 @@ from lightning_rlhf.modules.reference import FrozenReference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 FAULTS = """
-import resource, torch
+import ctypes, resource, torch
 from lightning_rlhf.modules.host_memory import keep_freed_memory
-if {keeps}:
-    keep_freed_memory()
-make_and_drop = lambda: [torch.zeros(2**22) for _ in range(8)]  # of 16 MiB
+# What glibc does by itself depends on what was freed before; it begins with mapping all that has 128 KiB.
+keep_freed_memory() if {keeps} else ctypes.CDLL(None).mallopt(-3, 2**17)
+make_and_drop = lambda: [torch.zeros(2**18) for _ in range(200)]  # of 1 MiB
 for _ in range(2):
     make_and_drop()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
