@@ -71,6 +71,7 @@ from .reward_modelling import (
     plackett_luce_loss,
     rating_shares,
 )
+from .sampling import invert_cdf
 from .shaping import kl_shaped_rewards, penalize_missing_eos, soft_overlong_penalty
 from .statistics import bootstrap_interval, correlation, wins
 
@@ -100,6 +101,7 @@ __all__ = [
     "grouped",
     "has_spread",
     "hinge_preference_loss",
+    "invert_cdf",
     "ipo_loss",
     "is_clipped",
     "jensen_shannon_link",

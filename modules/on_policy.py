@@ -42,7 +42,7 @@ class OnPolicyModule(RolloutModule):
             most methods is `rollout_batch_size`.
         num_passes: passes over each iteration's experience, K in the PPO paper. Usual: 1 to 4.
         normalize_scores: subtract the mean and divide by the standard deviation of all scores of the run so far.
-        lean_phases: on a CPU under Linux, hand memory back between the phases of an iteration: before a rollout what is
+        lean_phases: on a CPU under Linux, hand memory back between the phases of an iteration: before scoring what is
             free, after it the pages of frozen weights, which the kernel brings again; see `host_memory.py`.
         **kwargs: see `RolloutModule` and `TextModule`.
     """
@@ -121,18 +121,18 @@ class OnPolicyModule(RolloutModule):
     def rollout_phase(self) -> Iterator[None]:
         """Precision as in a training step, no gradient (inference mode's tensors could not enter autograd later)."""
         self.clock.restart()
-        self.enter("rollout")
+        self.clock.enter("rollout")
         with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights():
             yield
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradient
-        self.enter("update")
-
-    def enter(self, phase: str) -> None:
-        """Another phase of an iteration begins: it is timed, and the memory of the one before is handed back."""
-        if self.hparams.lean_phases and self.device.type == "cpu":
-            give_back_freed_memory()
+        if self.is_lean:
             let_go_of_files()
-        self.clock.enter(phase)
+        self.clock.enter("update")
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether memory is handed back between phases."""
+        return self.hparams.lean_phases and self.device.type == "cpu"
 
     def sample_and_score(self, again: int = 0) -> Samples:
         """Responses to the next prompts, G to each, and their rewards.
@@ -144,13 +144,16 @@ class OnPolicyModule(RolloutModule):
         prompts = repeated(self._prompts.take(h.rollout_batch_size // h.group_size), h.group_size)
         prompts = self.trainer.strategy.batch_to_device(prompts)
         stream = [self.current_epoch, again] if again else [self.current_epoch]
-        self.enter("rollout")
+        self.clock.enter("rollout")
         rollout = self.roll_out(prompts, self.own_rows(), *stream)
-        self.enter("scoring")
+        self.clock.enter("scoring")
+        if self.is_lean:
+            give_back_freed_memory()  # of sampling, and of the last update
         self._sampled["episodes"] += len(prompts["prompts"])
         self._sampled["tokens"] += int(rollout.response_mask.sum())
         samples = self.score(rollout, prompts)
-        self.enter("scoring")  # by the policy and its reference: the reward model has done its part
+        if self.is_lean:
+            let_go_of_files()  # the reward model's; the reference is next
         return samples
 
     def own_rows(self) -> range:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..functional import SampledFrom, forbid_tokens, response_mask
+from ..functional import SampledFrom, forbid_tokens, invert_cdf, response_mask
 from ..loaders import generator_for
 from .decoding import Decoding
 
@@ -137,14 +137,12 @@ def row_noise(rows: Sequence[int], tokens: int, seed: int, *stream: int) -> Tens
 def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Response token number `step` from logits (B, 1, V), and its log-probability, (B, 1) each.
 
-    By inverting the cumulative distribution: one random number per sequence, instead of one per entry of the vocabulary
-    as `torch.multinomial` draws. A token of probability 0 has no interval of its own, so it never comes.
+    One random number per sequence, instead of one per entry of the vocabulary as `torch.multinomial` draws.
     """
     logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
     scaled = logits[:, 0] if sampling.temperature == 1.0 else logits[:, 0] / sampling.temperature
     probabilities = scaled.softmax(-1)  # (B, V)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    tokens = invert_cdf(probabilities, uniform)
     return tokens, probabilities.gather(1, tokens).log()
 
 
