@@ -27,16 +27,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, REST)
 
 
-def give_back_freed_memory() -> None:
-    """Hand all that is free back to the kernel, wherever on the heap it lies: another kind of work begins.
-
-    Source: malloc_trim(3).
-    """
-    trim = _of_the_c_library("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
 def let_go_of_files() -> None:
     """Hand the pages of weights that lie in their files as they were written back to the kernel.
 

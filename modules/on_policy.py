@@ -18,7 +18,7 @@ from ..functional import kl_k1
 from .checks import require, require_divides
 from .clock import PhaseClock
 from .experience import Experience, ExperienceDataset, TokenStatistics, experience_loader, of_all_ranks
-from .host_memory import give_back_freed_memory, let_go_of_files
+from .host_memory import let_go_of_files
 from .reporting import figures_of_all, report, seen
 from .rollout import Rollout
 from .rollout_module import Reward, RolloutModule
@@ -42,8 +42,8 @@ class OnPolicyModule(RolloutModule):
             most methods is `rollout_batch_size`.
         num_passes: passes over each iteration's experience, K in the PPO paper. Usual: 1 to 4.
         normalize_scores: subtract the mean and divide by the standard deviation of all scores of the run so far.
-        lean_phases: on a CPU under Linux, hand memory back between the phases of an iteration: before scoring what is
-            free, after it the pages of frozen weights, which the kernel brings again; see `host_memory.py`.
+        frozen_in_files: on a CPU under Linux, let the pages of frozen weights that lie in their files leave the process
+            when they were used; the kernel brings them again; see `host_memory.py`.
         **kwargs: see `RolloutModule` and `TextModule`.
     """
 
@@ -61,7 +61,7 @@ class OnPolicyModule(RolloutModule):
         minibatch_size: int = 16,
         num_passes: int = 4,
         normalize_scores: bool = False,
-        lean_phases: bool = True,
+        frozen_in_files: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
@@ -125,14 +125,13 @@ class OnPolicyModule(RolloutModule):
         with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.rollout_weights():
             yield
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradient
-        if self.is_lean:
-            let_go_of_files()
+        self.let_go_of_frozen_weights()
         self.clock.enter("update")
 
-    @property
-    def is_lean(self) -> bool:
-        """Whether memory is handed back between phases."""
-        return self.hparams.lean_phases and self.device.type == "cpu"
+    def let_go_of_frozen_weights(self) -> None:
+        """They have been used; what lies in its file need not be in this process for now."""
+        if self.hparams.frozen_in_files and self.device.type == "cpu":
+            let_go_of_files()
 
     def sample_and_score(self, again: int = 0) -> Samples:
         """Responses to the next prompts, G to each, and their rewards.
@@ -147,13 +146,10 @@ class OnPolicyModule(RolloutModule):
         self.clock.enter("rollout")
         rollout = self.roll_out(prompts, self.own_rows(), *stream)
         self.clock.enter("scoring")
-        if self.is_lean:
-            give_back_freed_memory()  # of sampling, and of the last update
         self._sampled["episodes"] += len(prompts["prompts"])
         self._sampled["tokens"] += int(rollout.response_mask.sum())
         samples = self.score(rollout, prompts)
-        if self.is_lean:
-            let_go_of_files()  # the reward model's; the reference is next
+        self.let_go_of_frozen_weights()  # those of the reward model; the reference is next
         return samples
 
     def own_rows(self) -> range:
