@@ -13,8 +13,9 @@ def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     token = min { v : Σ_{w ≤ v} p_w > u · Σ_w p_w }
 
     A token of probability 0 has no interval of its own, so it never comes. The sum is taken over blocks of 256 tokens,
-    and token by token, in float64, within the one that is hit: a cumulative sum over the whole vocabulary takes twenty
-    times as long. A block's sum is in the dtype of the probabilities, so its interval is as exact as they are.
+    and token by token, in float64, within the one that is hit: a cumulative sum over the whole vocabulary takes many
+    times as long (benchmarks/NOTES.md). A block's sum is in the dtype of the probabilities, so its interval is as exact
+    as they are.
 
     Args:
         probabilities: not negative, their sum is positive but need not be 1, (B, V).
