@@ -21,6 +21,7 @@ from model_shapes import LLAMAS, Run, Shape, backbone, parameters
 from small_llama import llama_config
 from transformers import LlamaForCausalLM
 
+from lightning_rlhf.modules.compiled_decoding import CompiledDecoding
 from lightning_rlhf.modules.packed_weights import packed_weights
 from lightning_rlhf.modules.reading import read, set_fast_paths
 from lightning_rlhf.modules.rollout import Sampling, sample
@@ -63,7 +64,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[list[str]]:
     with device:
         model = LlamaForCausalLM(llama_config(shape)).to(torch.bfloat16)
         value = torch.nn.Linear(shape.hidden, 1)
-    set_fast_paths(model, padding_free=True, fused_logprobs=True, fused_layers=True)
+    set_fast_paths(model, True, True, fused_layers=True, compiled_layers=args.compiled)
     optimizer = torch.optim.AdamW([*model.parameters(), *value.parameters()], lr=1e-6, fused=True)
     ids = torch.randint(1, shape.vocabulary, (args.batch, P + T), device=device)
     where = torch.arange(P + T, device=device).expand_as(ids) >= P
@@ -82,6 +83,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[list[str]]:
     sampling = Sampling(T, (), 0)
 
     def roll_out() -> None:
+        if args.compiled:
+            sample(model, prompts, torch.ones_like(prompts), sampling, decoding=CompiledDecoding)
+            return
         with packed_weights(model, args.rows):
             sample(model, prompts, torch.ones_like(prompts), sampling)
 
@@ -105,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="sequences that are sampled at once")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--response", type=int, default=384)
+    parser.add_argument("--compiled", action="store_true", help="layers and sampling, by torch.compile")
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ prompt) lies in the row once: a causal model says the same of it every time, and
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,14 @@ class Group(NamedTuple):
         """(B, L, ...) -> (tokens, ...)."""
         whole = padded.flatten(0, 1)
         return whole if self.places is None else collect(whole, self.places.first)
+
+
+@dataclass(eq=False)
+class PackedRows:
+    """Sequences of like length, one after the other. No list, for into one a compiled layer would look, and be compiled
+    anew for every batch."""
+
+    groups: list[Group]
 
 
 class Packing(NamedTuple):
@@ -185,7 +194,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed_rows: list[Group] | None = None,
+    packed_rows: PackedRows | None = None,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -209,16 +218,32 @@ def attention(
         return step_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
     if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = [x[0].transpose(0, 1).split([group.tokens for group in packed_rows]) for x in (query, key, value)]
+    return _side_by_side(module, query, key, value, packed_rows, **kwargs), None
+
+
+@torch.compiler.disable  # what it does depends on the sequences of each batch
+def _side_by_side(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed_rows: PackedRows,
+    scaling: float,
+    dropout: float,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention within each sequence, (1, heads, S, D) -> (1, S, heads, D)."""
+    groups = packed_rows.groups
+    parts = [x[0].transpose(0, 1).split([group.tokens for group in groups]) for x in (query, key, value)]
     rows = []
-    for group, *own in zip(packed_rows, *parts, strict=True):
+    for group, *own in zip(groups, *parts, strict=True):
         sides = [group.side_by_side(part).transpose(1, 2) for part in own]
         if is_short(sides[0]) and not dropout:
             out = short_attention(*sides, scaling).transpose(1, 2)
         else:
-            out, _ = sdpa_attention_forward(module, *sides, None, **kwargs)
+            out, _ = sdpa_attention_forward(module, *sides, None, scaling=scaling, dropout=dropout, **kwargs)
         rows.append(group.in_a_row(out))
-    return (rows[0] if len(rows) == 1 else torch.cat(rows))[None], None  # (1, S, heads, D)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows))[None]
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -244,5 +269,5 @@ def packed_inputs(packing: Packing, input_ids: Tensor, positions: Tensor) -> dic
         "position_ids": positions.flatten()[packing.places.first][None],
         # transformers takes a mask of four dimensions as it is, and so does not make one of S x S.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
-        "packed_rows": packing.groups,
+        "packed_rows": PackedRows(packing.groups),
     }

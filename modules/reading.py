@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..functional import SampledFrom, entropy, linear_logprobs, position_ids, token_logprobs
 from .backbone import unwrapped
+from .compiled_layers import compile_layers
 from .fused_layers import fuse_layers
 from .padding_free import ATTENTION, Packing, Places, can_be_padding_free, collect, packed_inputs, spread
 from .tied_embedding import is_tied, tied_embedding
@@ -31,7 +32,9 @@ class FastPaths(NamedTuple):
     fused_logprobs: bool = False
 
 
-def set_fast_paths(network: nn.Module, padding_free: bool, fused_logprobs: bool, fused_layers: bool) -> None:
+def set_fast_paths(
+    network: nn.Module, padding_free: bool, fused_logprobs: bool, fused_layers: bool, compiled_layers: bool = False
+) -> None:
     """Let a network be read in the faster ways that are switched on, as far as it is known to allow them."""
     bare = unwrapped(getattr(network, "model", network) if hasattr(network, "called_modules") else network)
     if not isinstance(bare, PreTrainedModel):
@@ -39,7 +42,9 @@ def set_fast_paths(network: nn.Module, padding_free: bool, fused_logprobs: bool,
     known = can_be_padding_free(bare)
     if known and padding_free:
         bare.set_attn_implementation(ATTENTION)
-    if fused_layers:
+    if compiled_layers:
+        compile_layers(bare)
+    elif fused_layers:
         fuse_layers(bare)
     head = bare.get_output_embeddings() if known else None
     is_plain = type(head) is nn.Linear and head.bias is None

@@ -87,6 +87,7 @@ def sample(
     noise: Tensor | torch.Generator | None = None,
     any_rank: Callable[[Tensor], Tensor] | None = None,
     compact: bool = True,
+    decoding: type[Decoding] = Decoding,
 ) -> Rollout:
     """Sample one response per prompt from softmax(logits / temperature).
 
@@ -100,6 +101,7 @@ def sample(
         any_rank: tells whether a flag is True on any rank. Needed where a forward pass takes all ranks (sharded
             weights): the last to finish then decides. None decides alone.
         compact: read a prompt that stands in several rows once, and let go of rows that have ended.
+        decoding: how the tokens go through the model.
     """
     shape, device = (len(prompt_ids), sampling.max_new_tokens), prompt_ids.device
     if not isinstance(noise, Tensor):
@@ -110,7 +112,7 @@ def sample(
     logprobs = torch.zeros(shape, device=device)
     running = torch.ones(shape[:1], dtype=torch.bool, device=device)
     eos = torch.tensor(sampling.eos_token_ids, device=device)
-    batch = Decoding.start(model, prompt_ids, prompt_mask.long(), sampling.max_new_tokens, compact)
+    batch = decoding.start(model, prompt_ids, prompt_mask.long(), sampling.max_new_tokens, compact)
     for step in range(sampling.max_new_tokens):
         drawn, said = _draw(batch.logits, step, sampling, noise[batch.rows, step : step + 1])  # (rows, 1) each
         tokens = drawn.where(running[batch.rows, None], sampling.pad_token_id)

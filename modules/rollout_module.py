@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..functional import penalize_missing_eos, soft_overlong_penalty
-from .backbone import load_causal_lm
+from .backbone import load_causal_lm, unwrapped
 from .checks import require
+from .compiled_decoding import CompiledDecoding, can_be_compiled
+from .decoding import Decoding
 from .engines import RolloutEngine
 from .experience import Experience, TokenStatistics
 from .packed_weights import packed_weights
@@ -65,6 +67,8 @@ class RolloutModule(TextModule):
             changes the speed alone, and takes as much memory as the weights.
         compact_rollouts: read a prompt once for all its responses, and let go of responses that have ended while the
             others go on. It changes the speed alone.
+        compiled_rollouts: sample by a program that `torch.compile` makes, on a GPU as a CUDA graph, all rows to the
+            end. It takes a minute at first, and is meant for GPUs.
         **kwargs: see `TextModule`.
     """
 
@@ -87,6 +91,7 @@ class RolloutModule(TextModule):
         rollout_engine: RolloutEngine | None = None,
         compact_rollouts: bool = True,
         packed_weights: bool = True,
+        compiled_rollouts: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -114,12 +119,18 @@ class RolloutModule(TextModule):
             require("load_in_4bit", not self.hparams.load_in_4bit, "false with `rollout_engine`", True)
             is_whole = self.mesh is None or self._unshards_rollouts
             require("--trainer.strategy.unshard_rollouts", is_whole, "true with `rollout_engine`", False)
+        if self.hparams.compiled_rollouts:
+            require("compiled_rollouts", self.engine is None, "false with `rollout_engine`", True)
+            require("compiled_rollouts", self.mesh is None, "false under `--trainer.strategy fsdp2`", True)
 
     def build(self) -> list[nn.Module]:
         """Load the policy and its frozen reference."""
         networks, spec = super().build(), self.hparams.reference
         other = spec and load_causal_lm(spec, self.backbone_dtype, self.hparams.trust_remote_code)
         self.reference = FrozenReference(self.policy, other)
+        if self.hparams.compiled_rollouts and not can_be_compiled(self.policy):
+            kind = type(unwrapped(self.policy)).__name__
+            raise ValueError(f"`compiled_rollouts` must be false for a {kind}, which is not known to allow it.")
         return networks if self.reference.copy is None else [*networks, self.reference.copy]
 
     @property
@@ -142,8 +153,10 @@ class RolloutModule(TextModule):
             if self.engine is not None:
                 seeds = (noise[:, 0] * 2**31).long().tolist()
                 return self.engine.sample(network, ids, mask, self.sampling, seeds)
-            with packed_weights(network, len(ids)) if self.hparams.packed_weights else nullcontext():
-                return sample(network, ids, mask, self.sampling, noise, self.any_rank, self.hparams.compact_rollouts)
+            h, how = self.hparams, CompiledDecoding if self.hparams.compiled_rollouts else Decoding
+            # A compiled program takes the weights as they are.
+            with packed_weights(network, len(ids)) if h.packed_weights and how is Decoding else nullcontext():
+                return sample(network, ids, mask, self.sampling, noise, self.any_rank, h.compact_rollouts, how)
 
     @contextmanager
     def sampler(self) -> Iterator[nn.Module]:

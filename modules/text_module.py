@@ -60,6 +60,8 @@ class TextModule(MeanLossModule):
         fused_logprobs: go from hidden states to log-probabilities without logits in float32, likewise.
         fused_layers: compute the gradients of RMSNorm and of SwiGLU in one go, on a CPU and where their class is known,
             likewise.
+        compiled_layers: compile the decoder layers by `torch.compile` for training and scoring, in place of
+            `fused_layers`. It takes a minute at first, and is meant for GPUs.
         fused_optimizer: update all weights in one kernel; not under `16-mixed`, where losses are scaled.
         keep_freed_memory: on a CPU under Linux, let the process keep memory that it has freed, for the next step; see
             `host_memory.py`.
@@ -89,6 +91,7 @@ class TextModule(MeanLossModule):
         padding_free: bool = True,
         fused_logprobs: bool = True,
         fused_layers: bool = True,
+        compiled_layers: bool = False,
         fused_optimizer: bool = True,
         keep_freed_memory: bool = True,
     ) -> None:
@@ -140,7 +143,7 @@ class TextModule(MeanLossModule):
             networks = self.build()
         h = self.hparams
         for network in networks:
-            set_fast_paths(network, h.padding_free, h.fused_logprobs, h.fused_layers)
+            set_fast_paths(network, h.padding_free, h.fused_logprobs, h.fused_layers, h.compiled_layers)
             shard(network, self.mesh)
         self._is_built = True
 

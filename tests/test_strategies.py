@@ -1,6 +1,7 @@
 """`fsdp2` in a group of one: what it gathers when, and what is refused. Two ranks are in tests/distributed."""
 
 import os
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -89,6 +90,22 @@ def test_all_networks_are_sharded_and_end_sharded(train, strategy):
     module = train(strategy)
     assert all(is_sharded(network) for network in (module.policy, module.value, module.reference.copy))
     assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in module.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_compiled_layers_are_sharded_like_others(train):
+    weights = [
+        dict(train("fsdp2", compiled_layers=flag, adam_eps=1.0, learning_rate=0.01).named_parameters())
+        for flag in (True, False)
+    ]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name].full_tensor(), weight.full_tensor(), rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_rollouts_want_whole_weights(train):
+    with pytest.raises(ValueError, match=r"`compiled_rollouts` must be false under `--trainer\.strategy fsdp2`"):
+        train("fsdp2", compiled_rollouts=True)
 
 
 def test_the_name_is_known_to_lightning():
