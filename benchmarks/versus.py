@@ -109,6 +109,7 @@ def jobs(name: str, args: argparse.Namespace) -> dict[str, Job]:
             iterations=iterations,
             accelerator=args.accelerator,
             threads=args.threads,
+            compiled=args.compiled and side == OWN,
             **case.settings,
         )
         for side in ([OWN] if args.own_only or case.peer is None else [OWN, case.peer])
@@ -236,6 +237,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, default=3, help=f"measured in each run, after {WARMUP} to warm up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--accelerator", choices=["cpu", "auto"], default="cpu", help="auto: a GPU if there is one")
+    parser.add_argument("--compiled", action="store_true", help="this project's layers and rollouts, by torch.compile")
 
 
 def arguments() -> argparse.Namespace:

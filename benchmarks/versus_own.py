@@ -49,7 +49,7 @@ def letters(prompts: list[str], responses: list[str], **columns: list) -> list[f
 
 def make_module(job: Job) -> L.LightningModule:
     """The module of a job."""
-    options = dict(dtype="bfloat16", learning_rate=job.learning_rate, lora_r=job.lora_r)
+    options = dict(dtype="bfloat16", learning_rate=job.learning_rate, lora_r=job.lora_r, compiled_layers=job.compiled)
     if job.method in ON_POLICY:
         options |= dict(
             rollout_batch_size=job.rows,
@@ -57,6 +57,7 @@ def make_module(job: Job) -> L.LightningModule:
             num_passes=job.passes,
             max_new_tokens=job.max_new_tokens,
             min_new_tokens=job.min_new_tokens,
+            compiled_rollouts=job.compiled,
         )
     if job.method == "ppo":
         value_model = job.reward if job.value_network else None

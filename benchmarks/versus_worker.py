@@ -50,6 +50,8 @@ class Job:
     min_new_tokens: int = 0
     value_network: bool = False
     lora_r: int = 0
+    compiled: bool = False
+    """By `torch.compile`; of this project alone."""
 
     @property
     def total(self) -> int:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 BLOCK = 2**27  # logits at a time, in the dtype of the hidden states: 256 MiB of bfloat16
-PIECE = 2**22  # of these, so many at a time in float32: 16 MiB
+PIECE = 2**22  # of these, so many at a time in float32 on a CPU, as caches hold: 16 MiB
 
 
 class TokenLikelihoods(NamedTuple):
@@ -103,8 +103,11 @@ def _slices(rows: int, width: int, budget: int) -> Iterator[slice]:
 
 
 def _pieces(block: slice, logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Of a block's rows so many at a time: where they are in the block, and among all rows."""
-    for piece in _slices(*logits.shape, PIECE):
+    """Of a block's rows so many at a time: where they are in the block, and among all rows.
+
+    A GPU takes them all at once: each piece has a dozen kernels to launch.
+    """
+    for piece in _slices(*logits.shape, PIECE if logits.device.type == "cpu" else BLOCK):
         yield piece, slice(block.start + piece.start, block.start + piece.stop)
 
 

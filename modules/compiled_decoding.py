@@ -34,6 +34,8 @@ class CompiledDecoding(Decoding):
     Prompts are read as they are otherwise, since each batch of them has a shape of its own.
     """
 
+    LOOKS = 8  # a look waits for the GPU, and then the GPU waits for its next step
+
     @classmethod
     def start(
         cls, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int, compact: bool

@@ -1,7 +1,7 @@
 """Token by token through a language model: the key-value cache, and which rows of the batch are still in it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ CROWDED = 0.75  # rows are let go once no more than this share of them runs: eac
 @dataclass
 class Decoding:
     """A batch on its way through a model."""
+
+    LOOKS: ClassVar[int] = 1
+    """After every so many tokens it is looked whether all rows have ended; more of them change nothing."""
 
     model: nn.Module
     mask: Tensor

@@ -118,9 +118,12 @@ def sample(
         tokens = drawn.where(running[batch.rows, None], sampling.pad_token_id)
         response_ids[batch.rows, step], logprobs[batch.rows, step] = tokens[:, 0], said[:, 0]
         running[batch.rows] &= ~torch.isin(drawn[:, 0], eos)
-        others_run = any_rank is not None and any_rank(running.any())
-        if step + 1 == sampling.max_new_tokens or not (running.any() or others_run):
+        if step + 1 == sampling.max_new_tokens:
             break
+        if (step + 1) % decoding.LOOKS == 0:
+            others_run = any_rank is not None and any_rank(running.any())
+            if not (running.any() or others_run):
+                break
         batch.step(tokens, running[batch.rows])
     model.train(was_training)
     counts = response_mask(response_ids, sampling.eos_token_ids)

@@ -25,6 +25,8 @@ from lightning_rlhf.datamodules import SFTDataModule
 from lightning_rlhf.modules import GRPOModule, PPOModule, PreferenceModule, RewardModule, SFTModule
 from lightning_rlhf.modules.sharing import shared_base
 
+FLAGS = dict(tiny=True, model="", iterations=3, accelerator="cpu", threads=2, compiled=False, own_only=False)
+
 
 def make_job(**changes: object) -> Job:
     fields = dict(case="sft", side="own", method="sft", policy="p", reward="r", data="d", rows=4, learning_rate=1e-5)
@@ -137,9 +139,8 @@ class TestSameReward:
 
 
 class TestOthers:
-    def jobs(self, folder: Path, name: str) -> dict[str, Job]:
-        flags = dict(results=folder, tiny=True, model="", iterations=1, accelerator="cpu", threads=2, own_only=False)
-        return versus.jobs(name, argparse.Namespace(**flags))
+    def jobs(self, folder: Path, name: str, **changes: object) -> dict[str, Job]:
+        return versus.jobs(name, argparse.Namespace(**FLAGS | {"results": folder, "iterations": 1} | changes))
 
     def test_memory_of_lora_is_of_as_many_tokens(self, folder):
         ppo, sft = (self.jobs(folder, name)["own"] for name in ("ppo_lora", "sft_lora"))
@@ -157,6 +158,14 @@ class TestOthers:
         own = [p for p in term._scorer.parameters() if p.data_ptr() not in policy]
         assert 0 < sum(p.numel() for p in own) < 0.5 * sum(p.numel() for p in module.policy.parameters())
 
+    def test_compiled_is_what_is_ours(self, folder):
+        own, peer = self.jobs(folder, "ppo", compiled=True).values()
+        assert (own.compiled, peer.compiled) == (True, False)
+        h = versus_own.make_module(own).hparams
+        assert (h.compiled_layers, h.compiled_rollouts) == (True, True)
+        h = versus_own.make_module(self.jobs(folder, "dpo", compiled=True)["own"]).hparams
+        assert h.compiled_layers
+
     def test_learning_is_watched(self, folder):
         record = Record()
         for rewards in ([0.0, 1.0], [0.5]):
@@ -171,9 +180,8 @@ class TestOthers:
 class TestJobs:
     @pytest.fixture(scope="class")
     def jobs(self, folder) -> dict[str, dict[str, Job]]:
-        flags = dict(results=folder, tiny=True, model="", iterations=3, accelerator="cpu", threads=2, own_only=False)
         names = [name for name in CASES if name != "ppo_uneven"]  # its model takes seconds to make
-        return {name: versus.jobs(name, argparse.Namespace(**flags)) for name in names}
+        return {name: versus.jobs(name, argparse.Namespace(**FLAGS, results=folder)) for name in names}
 
     def test_both_sides_do_the_same(self, jobs):
         for own, peer in (both.values() for both in jobs.values()):
@@ -213,6 +221,7 @@ class TestJobs:
         assert (modules["grpo"].hparams.group_size, modules["grpo"].hparams.kl_in) == (8, "loss")
         assert modules["dpo"].objective.beta == 0.1
         assert {module.hparams.dtype for module in modules.values()} == {"bfloat16"}
+        assert not any(module.hparams.compiled_layers for module in modules.values())
 
     def test_uneven_responses_may_end_early(self):
         settings = CASES["ppo_uneven"].settings

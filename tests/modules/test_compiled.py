@@ -41,6 +41,15 @@ def uncompiled(monkeypatch) -> list[torch.Size]:
     return met
 
 
+def with_lora(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    adapted = add_lora(model, 2, 4, "all-linear")
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return adapted
+
+
 def prompts(copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([[0, 1, 5, 3], [0, 0, 0, 4], [2, 6, 6, 1]]).repeat_interleave(copies, 0)
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]).repeat_interleave(copies, 0)
@@ -64,11 +73,7 @@ def assert_same_rollouts(model: nn.Module, copies: int, compact: bool = True, to
 def test_a_cache_of_fixed_size_gives_the_same_rollouts(learned_positions, uncompiled, kind, compact):
     model = learned_positions if kind == "learned positions" else make_llama(vocab_size=8).eval()
     if kind == "lora":
-        torch.manual_seed(0)
-        model = add_lora(model, 2, 4, "all-linear")
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(p)
+        model = with_lora(model)
     if kind != "padded":
         set_fast_paths(model, True, True, True)
     assert can_be_compiled(model)
@@ -80,6 +85,14 @@ def test_longer_ones_have_room(uncompiled):
     model = make_llama(vocab_size=8, max_position_embeddings=256, initializer_range=0.05).eval()
     assert_same_rollouts(model, copies=1, tokens=130)
     assert set(uncompiled) == {(3, 256)}
+
+
+def test_it_is_looked_now_and_then_whether_all_have_ended(uncompiled):
+    model, (ids, mask) = make_llama(vocab_size=8).eval(), prompts()
+    noise = torch.rand(3, 30, dtype=torch.float64)
+    rollout = sample(model, ids, mask, Sampling(30, tuple(range(8)), 0), noise, decoding=CompiledDecoding)
+    assert rollout.response_mask.sum(1).tolist() == [1, 1, 1]  # any token is an end
+    assert len(uncompiled) == 7  # the eighth is not read
 
 
 @needs_compiler
@@ -126,18 +139,20 @@ def gradients(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tuple[
     (said.logprobs + said.entropy).sum().backward()
     with torch.no_grad():
         assert torch.equal(read(model, ids, mask, where).logprobs, said.logprobs.detach())
-    return said.logprobs.detach(), {name: p.grad for name, p in model.named_parameters()}
+    return said.logprobs.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 @needs_compiler
-@pytest.mark.parametrize("padding_free", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_compiled_layers_have_the_same_gradients(padding_free, checkpointing):
-    plain, compiled = (make_llama(vocab_size=11).train() for _ in range(2))
+@pytest.mark.parametrize("kind", ["padding-free", "padded", "checkpointing", "lora"])
+def test_compiled_layers_have_the_same_gradients(kind):
+    plain, compiled = (
+        with_lora(make_llama(vocab_size=11)) if kind == "lora" else make_llama(vocab_size=11) for _ in "12"
+    )
     set_fast_paths(plain, False, False, False)
-    set_fast_paths(compiled, padding_free, True, True, compiled_layers=True)
+    set_fast_paths(compiled, kind != "padded", True, True, compiled_layers=True)
     assert sum(isinstance(module, CompiledLayer) for module in compiled.modules()) == 2
-    if checkpointing:
+    compiled.train()
+    if kind == "checkpointing":
         compiled.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     graphs = []
     for rows, length in ((4, 9), (5, 12), (3, 40), (6, 70), (2, 7)):
@@ -145,6 +160,7 @@ def test_compiled_layers_have_the_same_gradients(padding_free, checkpointing):
         mask[0, -3:] = 0
         (mine, of_mine), (theirs, of_theirs) = gradients(compiled, ids, mask), gradients(plain, ids, mask)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert of_mine.keys() == of_theirs.keys()
         for name, gradient in of_theirs.items():
             torch.testing.assert_close(of_mine[name], gradient, rtol=1e-3, atol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
