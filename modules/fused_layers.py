@@ -44,11 +44,11 @@ def _is_trained_on_a_cpu(x: Tensor) -> bool:
 
 
 class FusedNorm(nn.Module):
-    """What an RMSNorm does where it is trained on a CPU; elsewhere it does what it did."""
+    """What an RMSNorm does on a CPU; elsewhere it does what it did."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        if not _is_trained_on_a_cpu(hidden_states):
+        if hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 

@@ -34,6 +34,10 @@ SMALLEST = 32
 up to 45 tokens, 64, 90, 128 and so on, each step √2. So how a sequence is computed depends on its own length alone."""
 
 
+WORTH = 1 / 32
+"""Share of the tokens from which on it pays that what sequences begin with lies in a row once."""
+
+
 class Places(NamedTuple):
     """Which token of a row stands in which cell of a grid; a token may stand in several, of the same column."""
 
@@ -133,6 +137,7 @@ def _once(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inside = ids >= 0
     again = torch.zeros_like(inside)
     again[1:] = ((ids[1:] == ids[:-1]) & inside[1:]).cumprod(1).bool()  # as far as a sequence is the one above it
+    again &= again.sum() >= WORTH * inside.sum()
     own = inside & ~again
     rows = torch.arange(len(ids))[:, None].expand_as(ids)
     owner = rows.where(own, 0).cummax(0).values

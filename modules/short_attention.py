@@ -78,12 +78,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """At least float32, and in one piece: products would copy it else, each time."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()  # the first leaves what has the dtype
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """(B, heads, groups · L, D), at least float32: the queries that share a head of the keys, one below the other."""
-    return _upcast(x).reshape(len(x), heads, -1, x.shape[-1])
+    return _upcast(x).view(len(x), heads, -1, x.shape[-1])
 
 
 def _blocks(tokens: int) -> Iterator[slice]:
@@ -115,13 +117,18 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, kept = ctx.saved_tensors
         whole_key, whole_value, heads = _upcast(key), _upcast(value), key.shape[1]
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(whole_key), torch.zeros_like(whole_value)
-        for block in _blocks(query.shape[2]):
+        of_query, of_key, of_value = torch.empty_like(query), None, None
+        for block in reversed(list(_blocks(query.shape[2]))):  # the last one sees all keys
             seen, own = slice(block.stop), _grouped(grad[:, :, block], heads)
             weights = _weights(query, whole_key, block, ctx.scale) if kept is None else kept
-            of_value[:, :, seen] += weights.transpose(-1, -2) @ own
+            to_value = weights.transpose(-1, -2) @ own
             of_weights = own @ whole_value[:, :, seen].transpose(-1, -2)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
             of_query[:, :, block] = (of_scores @ whole_key[:, :, seen]).view_as(of_query[:, :, block])
-            of_key[:, :, seen] += of_scores.transpose(-1, -2) @ _grouped(query[:, :, block], heads)
+            to_key = of_scores.transpose(-1, -2) @ _grouped(query[:, :, block], heads)
+            if of_key is None:
+                of_key, of_value = to_key, to_value
+            else:
+                of_key[:, :, seen] += to_key
+                of_value[:, :, seen] += to_value
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
