@@ -40,6 +40,7 @@ class EvenBatches(DistributedSampler):
         passes: Passes per epoch, each in a new order.
         lengths: One per row, in any unit: put rows of like length into the same step. Within windows of `WINDOW` steps
             of the shuffled order, rows are sorted by length, and the steps come in random order.
+        together: So many rows that are next to each other stay so in a random order.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class EvenBatches(DistributedSampler):
         seed: int = 0,
         passes: int = 1,
         lengths: Sequence[int] | None = None,
+        together: int = 1,
     ) -> None:
         super().__init__(range(num_rows), num_replicas, rank, shuffle, seed)
         if num_rows < num_replicas:
@@ -60,8 +62,9 @@ class EvenBatches(DistributedSampler):
                 f" give at least {num_replicas} rows, or run on at most {num_rows} processes"
             )
         assert lengths is None or (shuffle and len(lengths) == num_rows)
+        assert num_rows % together == 0
         self.num_rows, self.batch_size = num_rows, batch_size
-        self.passes, self.lengths = passes, lengths
+        self.passes, self.lengths, self.together = passes, lengths, together
         self.steps = min(-(-num_rows // (num_replicas * batch_size)), num_rows // num_replicas)  # k, per pass
         self.start = 0  # batches that the next iteration leaves out
 
@@ -91,7 +94,9 @@ class EvenBatches(DistributedSampler):
         if not self.shuffle:
             return cut(range(self.num_rows), self.steps)
         generator = generator_for(self.seed, self.epoch, number)
-        steps = cut(torch.randperm(self.num_rows, generator=generator).tolist(), self.steps)
+        groups = torch.randperm(self.num_rows // self.together, generator=generator)
+        rows = groups[:, None] * self.together + torch.arange(self.together)
+        steps = cut(rows.flatten().tolist(), self.steps)
         if self.lengths is None:
             return steps
         windows = [steps[start : start + WINDOW] for start in range(0, self.steps, WINDOW)]

@@ -84,11 +84,13 @@ class ExperienceDataset(Dataset):
 
 
 def experience_loader(
-    dataset: ExperienceDataset, batch_size: int, passes: int, seed: int, world_size: int, rank: int
+    dataset: ExperienceDataset, batch_size: int, passes: int, seed: int, world_size: int, rank: int, groups_of: int = 1
 ) -> ResumableLoader:
-    """Minibatches of `batch_size` rows in K shuffled passes: this rank's share of each step."""
+    """Minibatches of `batch_size` rows in K passes: this rank's share of each step. So many items at a time are
+    shuffled."""
     items = batch_size // dataset.together
-    batches = EvenBatches(len(dataset), items, world_size, rank, shuffle=True, seed=seed, passes=passes)
+    how = dict(shuffle=True, seed=seed, passes=passes, together=groups_of)
+    batches = EvenBatches(len(dataset), items, world_size, rank, **how)
     return ResumableLoader(dataset, batches, collate_fn=_as_it_is)
 
 

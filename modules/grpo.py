@@ -40,7 +40,8 @@ class GRPOModule(PolicyGradientModule):
     loss = aggregation over tokens of [ objective(ρ_t, A_t) + kl_coef · KL_t − entropy_coef · H_t ]
 
     One epoch of the Trainer is one iteration: `rollout_batch_size` responses per process, `group_size` to a prompt,
-    `num_passes` shuffled passes over them in minibatches of `minibatch_size`.
+    `num_passes` shuffled passes over them in minibatches of `minibatch_size`. An optimizer step is of whole groups, if
+    G divides its number of responses.
 
     Args:
         model: the starting policy; see `OnPolicyModule`.
@@ -61,6 +62,7 @@ class GRPOModule(PolicyGradientModule):
     """
 
     experience_type = GroupExperience
+    shuffles_groups = True  # their advantages add up to 0, and their prompt is read once
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class OnPolicyModule(RolloutModule):
 
     experience_type: type[NamedTuple] = Experience
     rows_together = 1  # rows of the experience that minibatches do not part: 2 for pairs
+    shuffles_groups = False  # whether optimizer steps are of whole groups, where their number of rows allows it
 
     def __init__(
         self,
@@ -113,7 +114,9 @@ class OnPolicyModule(RolloutModule):
         ranks = self.trainer.world_size, self.global_rank
         rows = self.learned_rows * self.trainer.world_size
         self._experience = self._experience or ExperienceDataset(rows, self.rows_together)
-        return experience_loader(self._experience, h.minibatch_size, h.num_passes, self.seed, *ranks)
+        in_step = h.minibatch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        groups_of = h.group_size if self.shuffles_groups and in_step % h.group_size == 0 else 1
+        return experience_loader(self._experience, h.minibatch_size, h.num_passes, self.seed, *ranks, groups_of)
 
     # --- one iteration --------------------------------------------------------------------------------------------
 

@@ -53,6 +53,19 @@ class TestEvenBatches:
             assert max(lengths_of_batches) - min(lengths_of_batches) <= 1
             assert max(lengths_of_batches) <= (size if size > 1 or n % world == 0 else 2)
 
+    @pytest.mark.parametrize(("world", "size"), [(1, 6), (2, 3), (1, 3), (3, 2), (1, 12)])
+    def test_rows_that_stay_together(self, world, size):
+        ranks = share_out(24, world, size, together=3, passes=2, seed=5)
+        in_order = [row for step in zip(*ranks, strict=True) for row in flat(step)]
+        groups = list(zip(*[iter(in_order)] * 3, strict=True))
+        assert all((a % 3, b, c) == (0, a + 1, a + 2) for a, b, c in groups)
+        first, second = groups[:8], groups[8:]
+        assert sorted(first) == sorted(second) == list(zip(*[iter(range(24))] * 3, strict=True))
+        assert first != second
+        assert first != sorted(first)
+        alone = share_out(24, 1, 6, together=3, passes=2, seed=5)
+        assert in_order == flat(flat(alone))  # on any number of processes
+
     def test_by_hand(self):
         # 7 rows, 2 processes, at most 2 rows each: 2 steps of 3 and 4 rows, 0 1 2 | 3 4 5 6; evens go to process 0.
         assert share_out(7, 2, 2, shuffle=False) == [[[0, 2], [4, 6]], [[1], [3, 5]]]

@@ -66,6 +66,12 @@ def test_bfloat16_has_the_same_values_and_no_worse_gradients(name):
     for a, b, e in zip(mine[1:], theirs[1:], exact[1:], strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - e).norm() <= 1.1 * (b - e).norm()
+    with torch.no_grad():
+        assert torch.equal(run_forward(fused), run_forward(plain))
+
+
+def run_forward(module: nn.Module) -> torch.Tensor:
+    return module(torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).bfloat16())
 
 
 def test_what_is_frozen_gets_no_gradient():

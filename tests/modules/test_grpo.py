@@ -339,6 +339,18 @@ def test_micro_batches_change_no_gradient(grpo, fit, new_gradients, aggregation)
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("minibatch", "accumulate", "is_whole"), [(3, 1, True), (6, 1, True), (2, 1, False), (2, 3, True), (1, 2, False)]
+)
+def test_steps_are_of_whole_groups_where_they_can_be(grpo, fit, minibatch, accumulate, is_whole):
+    module = fit(grpo(minibatch_size=minibatch, group_size=3, num_passes=4), accumulate_grad_batches=accumulate)
+    rows = [row for batch in module.trainer.train_dataloader.sampler.batches() for row in batch]
+    assert len(rows) == 4 * 6
+    steps = [rows[i : i + minibatch * accumulate] for i in range(0, len(rows), minibatch * accumulate)]
+    counts = {len({row for row in step if row // 3 == group}) for step in steps for group in (0, 1)}
+    assert (counts <= {0, 3}) == is_whole
+
+
 def test_the_first_step_of_rloo_is_reinforce_with_the_leave_one_out_baseline(grpo, fit, policy, new_gradients):
     """∇ of −1/N Σ_i (R_i − mean of the others' R) Σ_t log π, with R_i = score − β Σ_t KL_t, written as loops."""
     watch = new_gradients()

@@ -435,11 +435,12 @@ def test_accumulation_of_2_by_2_equals_a_minibatch_of_4(ppo, fit, moved, new_gra
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_clipping_sees_the_averaged_gradient(ppo, fit, moved, new_gradients):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_sees_the_averaged_gradient(ppo, fit, moved, new_gradients, accumulate):
     def norm(clip):
         watch = new_gradients()
-        module = moved(ppo(learning_rate=0.0, rollout_batch_size=4, minibatch_size=2))
-        fit(module, callbacks=[watch], accumulate_grad_batches=2, gradient_clip_val=clip)
+        module = moved(ppo(learning_rate=0.0, rollout_batch_size=4, minibatch_size=4 // accumulate))
+        fit(module, callbacks=[watch], accumulate_grad_batches=accumulate, gradient_clip_val=clip)
         return torch.stack([g.square().sum() for g in watch.steps[0].values()]).sum().sqrt().item()
 
     free = norm(None)
@@ -447,11 +448,21 @@ def test_clipping_sees_the_averaged_gradient(ppo, fit, moved, new_gradients):
     assert norm(0.5 * free) == pytest.approx(0.5 * free, rel=1e-4)
 
 
-def test_minibatches_of_one_step_share_one_mean(ppo, fit, moved, new_gradients):
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_only_a_sum_over_several_minibatches_is_divided_afterwards(ppo, fit, monkeypatch, accumulate):
+    factors, multiply = [], torch._foreach_mul_
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda xs, by: factors.append(by) or multiply(xs, by))
+    module = fit(ppo(rollout_batch_size=4, minibatch_size=4 // accumulate), accumulate_grad_batches=accumulate)
+    tokens = sum(module.samples["length"])
+    assert factors == ([] if accumulate == 1 else [4 / tokens])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_minibatches_of_one_step_share_one_mean(ppo, fit, moved, new_gradients, accumulate):
     """The gradient of a step is that of the mean over all its tokens, at the first update −E[A ∇log π]."""
     watch = new_gradients()
-    module = moved(ppo(learning_rate=0.0, rollout_batch_size=4, minibatch_size=1))
-    fit(module, callbacks=[watch], accumulate_grad_batches=4)
+    module = moved(ppo(learning_rate=0.0, rollout_batch_size=4, minibatch_size=4 // accumulate))
+    fit(module, callbacks=[watch], accumulate_grad_batches=accumulate)
     slow = silent(copy_of(module)).double()
     total, count = slow_loss(slow, experience_of(module))
     (total / count).backward()

@@ -242,6 +242,14 @@ def test_what_sequences_begin_with_lies_in_the_row_once():
         assert torch.autograd.gradcheck(lambda x, places=places: padding_free.spread(x, places) ** 2, row)
 
 
+@pytest.mark.parametrize(("shared", "is_worth_it"), [(1, False), (2, True)])
+def test_a_token_in_forty_is_not_worth_it(shared, is_worth_it):
+    begin = list(range(1, 1 + shared))
+    (group,) = packed(begin + [5] * (20 - shared), begin + [6] * (20 - shared), width=20).groups
+    assert group.tokens == (40 - shared if is_worth_it else 40)
+    assert (group.places is None) == (not is_worth_it)
+
+
 def test_gradients_of_what_is_shared_are_added_up_in_float32():
     packing = packed(*([9, token] for token in range(8)))
     row = torch.ones(9, 1, dtype=torch.bfloat16, requires_grad=True)
