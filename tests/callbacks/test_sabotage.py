@@ -76,7 +76,7 @@ def test_entropy_collapses_on_a_reward_for_one_token(grpo, fit, tmp_path):
     def fives(prompts, responses, **columns):
         return [float(response.count("\5")) for response in responses]
 
-    sabotaged = grpo(reward=fives, **healthy(kl_coef=0.0, learning_rate=3e-2, num_passes=2))
+    sabotaged = grpo(reward=fives, **healthy(kl_coef=0.0, learning_rate=1e-2, num_passes=2))
     with pytest.warns(AlarmWarning, match="rollout/entropy"):
         fit(sabotaged, callbacks=[EntropyAlarm(action="stop")], max_epochs=20)
     assert sabotaged.current_epoch < 20
