@@ -16,16 +16,14 @@ class MeanLossModule(RunningFigures):
     """Base of `TextModule`: AdamW, and gradients of means over all items of a whole optimizer step.
 
     `training_step` returns a sum and counts its items (`mean_loss`); before the step the gradient is divided once, by
-    the count over all micro-batches and ranks. (The sum of a single one is divided before its backward pass.) So
-    `accumulate_grad_batches`, the number of ranks and the order of the data change no update, however unequal the
-    lengths are.
+    the count over all micro-batches and ranks. So `accumulate_grad_batches`, the number of ranks and the order of the
+    data change no update, however unequal the lengths are.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._loss: Tensor | float = 0.0  # sum and count since the last optimizer step
-        self._is_of_mean = False  # whether the gradient is
-        self._to_mean = 1.0  # the factor that makes it so
+        self._to_mean = 1.0  # from the summed gradient to that of the mean
         self._norms: list[Tensor] = []  # of the optimizer's groups, after that
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -72,21 +70,13 @@ class MeanLossModule(RunningFigures):
         self._loss = self._loss + torch.stack([total.detach().double(), count.double()])
         return total
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Where a training step has all items of its optimizer step, of their mean: a pass over all gradients less."""
-        self._is_of_mean = self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
-        if self._is_of_mean:
-            loss = loss / self._loss[1].clamp(min=1).to(loss.dtype)
-        super().backward(loss, *args, **kwargs)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss, and the norm of the gradient after it is divided by the global count."""
         total, count = self.sum_over_ranks(self._loss).tolist()
+        self._loss = 0.0
         self.log("train/loss", total / max(count, 1), prog_bar=True)
         # Lightning divided each micro-batch by their number, and the strategy averaged the gradients over ranks.
-        in_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self._to_mean = 1.0 if self._is_of_mean else in_step / max(count, 1)
-        self._loss, self._is_of_mean = 0.0, False
+        self._to_mean = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(count, 1)
         self._norms = []
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -105,7 +95,6 @@ class MeanLossModule(RunningFigures):
         if gradient_clip_val and not by_value:
             norm = torch.stack([norm.to(self.device) for norm in self._norms]).norm()
             factor = factor * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        if torch.is_tensor(factor) or factor != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], factor)
+        torch._foreach_mul_([p.grad for p in parameters], factor)
         if gradient_clip_val and by_value:
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)

@@ -449,15 +449,6 @@ def test_clipping_sees_the_averaged_gradient(ppo, fit, moved, new_gradients, acc
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_only_a_sum_over_several_minibatches_is_divided_afterwards(ppo, fit, monkeypatch, accumulate):
-    factors, multiply = [], torch._foreach_mul_
-    monkeypatch.setattr(torch, "_foreach_mul_", lambda xs, by: factors.append(by) or multiply(xs, by))
-    module = fit(ppo(rollout_batch_size=4, minibatch_size=4 // accumulate), accumulate_grad_batches=accumulate)
-    tokens = sum(module.samples["length"])
-    assert factors == ([] if accumulate == 1 else [4 / tokens])
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
 def test_minibatches_of_one_step_share_one_mean(ppo, fit, moved, new_gradients, accumulate):
     """The gradient of a step is that of the mean over all its tokens, at the first update −E[A ∇log π]."""
     watch = new_gradients()
