@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 BLOCK = 2**27  # logits at a time, in the dtype of the hidden states: 256 MiB of bfloat16
-PIECE = 2**22  # of these, so many at a time in float32 on a CPU, as caches hold: 16 MiB
+PIECE = 2**22  # of these, so many at a time in float32 on a CPU: 16 MiB
 
 
 class TokenLikelihoods(NamedTuple):

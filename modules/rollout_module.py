@@ -68,7 +68,7 @@ class RolloutModule(TextModule):
         compact_rollouts: read a prompt once for all its responses, and let go of responses that have ended while the
             others go on. It changes the speed alone.
         compiled_rollouts: sample by a program that `torch.compile` makes, on a GPU as a CUDA graph, all rows to the
-            end. It takes a minute at first, and is meant for GPUs.
+            end. It compiles when it is first used; meant for GPUs.
         **kwargs: see `TextModule`.
     """
 

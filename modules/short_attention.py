@@ -78,14 +78,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _upcast(x: Tensor) -> Tensor:
-    """At least float32, and in one piece: products would copy it else, each time."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()  # the first leaves what has the dtype
+    """At least float32; what is made so lies in one piece: products would copy it else, each time."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """(B, heads, groups · L, D), at least float32: the queries that share a head of the keys, one below the other."""
-    return _upcast(x).view(len(x), heads, -1, x.shape[-1])
+    return _upcast(x).reshape(len(x), heads, -1, x.shape[-1])
 
 
 def _blocks(tokens: int) -> Iterator[slice]:

@@ -61,7 +61,7 @@ class TextModule(MeanLossModule):
         fused_layers: compute the gradients of RMSNorm and of SwiGLU in one go, on a CPU and where their class is known,
             likewise.
         compiled_layers: compile the decoder layers by `torch.compile` for training and scoring, in place of
-            `fused_layers`. It takes a minute at first, and is meant for GPUs.
+            `fused_layers`. They compile when they are first used; meant for GPUs.
         fused_optimizer: update all weights in one kernel; not under `16-mixed`, where losses are scaled.
         keep_freed_memory: on a CPU under Linux, let the process keep memory that it has freed, for the next step; see
             `host_memory.py`.

@@ -120,3 +120,11 @@ def test_bad_input():
         linear_logprobs(hidden, weight, TOKENS, SampledFrom(0.0))
     with pytest.raises(ValueError, match=r"`tokens` \(N,\), but have \(7, 5\) and \(6,\)"):
         linear_logprobs(hidden, weight, TOKENS[:6])
+
+
+def test_a_gpu_takes_a_block_at_once():
+    logits = torch.empty(100, module.PIECE // 10, device="meta")
+    block = slice(5, 105)
+    assert list(module._pieces(block, logits)) == [(slice(0, 100), block)]
+    on_cpu = torch.empty(30, module.PIECE // 10)
+    assert [piece.stop - piece.start for piece, _ in module._pieces(slice(0, 30), on_cpu)] == [10, 10, 10]
