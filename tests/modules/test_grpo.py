@@ -346,9 +346,8 @@ def test_steps_are_of_whole_groups_where_they_can_be(grpo, fit, minibatch, accum
     module = fit(grpo(minibatch_size=minibatch, group_size=3, num_passes=4), accumulate_grad_batches=accumulate)
     rows = [row for batch in module.trainer.train_dataloader.sampler.batches() for row in batch]
     assert len(rows) == 4 * 6
-    steps = [rows[i : i + minibatch * accumulate] for i in range(0, len(rows), minibatch * accumulate)]
-    counts = {len({row for row in step if row // 3 == group}) for step in steps for group in (0, 1)}
-    assert (counts <= {0, 3}) == is_whole
+    groups = [{row // 3 for row in rows[i : i + 3]} for i in range(0, len(rows), 3)]
+    assert all(len(group) == 1 for group in groups) == is_whole
 
 
 def test_the_first_step_of_rloo_is_reinforce_with_the_leave_one_out_baseline(grpo, fit, policy, new_gradients):
