@@ -1,4 +1,4 @@
-"""What several callbacks need: plain numbers, whole files, memory."""
+"""What several callbacks need: plain numbers, where a run stands, whole files, memory."""
 
 import math
 import os
@@ -27,6 +27,11 @@ def final_metrics(trainer: L.Trainer) -> dict[str, float]:
     a collective.
     """
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def ends_epoch(trainer: L.Trainer) -> bool:
+    """Whether no step follows in this epoch."""
+    return trainer.is_last_batch or trainer.global_step >= trainer.max_steps >= 0
 
 
 def json_safe(value: Any) -> Any:

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ._shared import ends_epoch
+
 
 class Preemption(L.Callback):
     """Save a checkpoint and stop when the process is told to end.
@@ -133,11 +135,6 @@ def slurm_environment(trainer: L.Trainer) -> SLURMEnvironment | None:
     """The SLURM job that this process belongs to, if it is one to be requeued."""
     environment = trainer._accelerator_connector.cluster_environment
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
-
-
-def ends_epoch(trainer: L.Trainer) -> bool:
-    """Whether no step follows in this epoch."""
-    return trainer.is_last_batch or trainer.global_step >= trainer.max_steps >= 0
 
 
 def is_finished(trainer: L.Trainer) -> bool:

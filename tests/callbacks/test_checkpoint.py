@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_rlhf.callbacks.checkpoint import RunCheckpoint
 
@@ -83,3 +84,52 @@ def test_a_resumed_run_goes_on_from_the_last_epoch_and_knows_the_best(saved, tmp
     keeper, epochs = saved([9, 9, 9, 0.3], ckpt_path=tmp_path / "kept/last.ckpt", **BEST)
     assert epochs == {"epoch=1": 1, "last": 3}
     assert keeper.best_model_score == 0.5
+
+
+class Lines(DummyLogger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, metrics))
+
+
+def told_at_saves(fit, tmp_path, monkeypatch, **options):
+    """What loggers were told in a run of three epochs of two steps; how many lines there were at each checkpoint."""
+    lines, counts = Lines(), {}
+    write = RunCheckpoint._save_checkpoint
+
+    def count(keeper, trainer, path):
+        counts.setdefault(trainer.global_step, len(lines.lines))
+        write(keeper, trainer, path)
+
+    monkeypatch.setattr(RunCheckpoint, "_save_checkpoint", count)
+    fit([RunCheckpoint(tmp_path / "kept", **options)], max_epochs=3, logger=lines, enable_checkpointing=True)
+    return lines.lines, counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(save_on_train_epoch_end=True),
+        dict(save_on_train_epoch_end=False),
+        dict(every_n_train_steps=2),
+        BEST | dict(save_on_train_epoch_end=True, monitor="val/reward"),
+        BEST | dict(save_on_train_epoch_end=False, monitor="val/reward"),
+        BEST | dict(save_on_train_epoch_end=False, monitor="val/reward", every_n_train_steps=2),
+    ],
+)
+def test_an_epochs_figures_are_logged_before_it_is_saved(options, fit, tmp_path, monkeypatch):
+    lines, counts = told_at_saves(fit, tmp_path, monkeypatch, **options)
+    per_epoch = [{"train/loss", "policy/clip_fraction"}] * 2 + [{"val/reward"}, {"rollout/reward", "rollout/kl"}]
+    assert [set(metrics) - {"epoch"} for _, metrics in lines] == per_epoch * 3
+    assert [step for step, _ in lines] == [0, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5]
+    assert counts == {2: 4, 4: 8, 6: 12}
+
+
+def test_within_an_epoch_it_saves_at_once(fit, tmp_path, monkeypatch):
+    counts = told_at_saves(fit, tmp_path, monkeypatch, every_n_train_steps=3, save_last=True)[1]
+    assert counts == {3: 4, 6: 12}
