@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import lightning_rlhf  # noqa: F401  first, as in train.py: it tells torch which pages to ask for
+
+# isort: split
 import lightning as L
 from versus_worker import Job, Record, lower_case_share, work
 

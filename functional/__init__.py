@@ -29,7 +29,7 @@ from .groups import group_centered, group_normalized, grouped, has_spread, leave
 from .kl import adaptive_kl_coef, exact_kl, kl_k1, kl_k2, kl_k3
 from .kto import kto_loss, kto_reference_point
 from .linear_logprobs import SampledFrom, TokenLikelihoods, linear_logprobs
-from .logprobs import entropy, forbid_tokens, token_logprobs
+from .logprobs import entropy, token_logprobs
 from .losses import (
     bradley_terry_loss,
     clipped_policy_loss,
@@ -92,7 +92,6 @@ __all__ = [
     "exact_kl",
     "explained_variance",
     "fixed_length_mean",
-    "forbid_tokens",
     "forward_kl_link",
     "free_thresholds",
     "gae",

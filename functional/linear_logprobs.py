@@ -43,6 +43,7 @@ class SampledFrom(NamedTuple):
         """Logits (N, V), -inf where a token cannot come."""
         if self.where is None:
             return logits
+        self._check(logits.shape[-1])
         return logits.index_fill(1, torch.tensor(self.forbidden, device=logits.device), -torch.inf).where(
             self.where[:, None], logits
         )
@@ -56,9 +57,16 @@ class SampledFrom(NamedTuple):
 
     def fill(self, z: Tensor, rows: slice, value: float) -> Tensor:
         """Write a value where a token cannot come: `scaled` -inf; 0 for sums in which its probability is a factor."""
-        for token in self.forbidden if self.where is not None else ():
+        if self.where is None:
+            return z
+        self._check(z.shape[-1])
+        for token in self.forbidden:
             z[:, token].masked_fill_(self.where[rows], value)
         return z
+
+    def _check(self, vocabulary: int) -> None:
+        if self.forbidden and not 0 <= min(self.forbidden) <= max(self.forbidden) < vocabulary:
+            raise ValueError(f"`forbidden` must lie between 0 and {vocabulary - 1}, but has {list(self.forbidden)}.")
 
 
 def linear_logprobs(

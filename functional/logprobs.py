@@ -3,7 +3,7 @@
 Both work on a few rows at a time, so that float32 copies of half-precision logits never have the size of all logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,36 +81,3 @@ def _entropy(z: Tensor) -> Tensor:
     logprobs = z.log_softmax(dim=-1)
     # 0 · log 0 = 0: the log is replaced, not the product, or the gradient would be 0 · -inf = NaN.
     return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(dim=-1)
-
-
-def forbid_tokens(logits: Tensor, token_ids: Sequence[int], first: int) -> Tensor:
-    """Logits of the policy that cannot say some tokens at the first positions.
-
-    With the EOS ids and `first=min_new_tokens`, a minimum length is part of the policy itself: sampling, ratio, KL and
-    entropy all see the same distribution.
-
-    Args:
-        logits: logits[:, t] predicts response token t, (B, T, V).
-        token_ids: the tokens to forbid.
-        first: at how many positions; nothing is forbidden if it is 0 or less.
-
-    Returns:
-        a copy with -inf for the tokens (the logits themselves if nothing is forbidden), (B, T, V).
-
-    Raises:
-        ValueError: if an id is not in the vocabulary.
-
-    Example:
-        >>> import torch
-        >>> forbid_tokens(torch.zeros(1, 2, 3), token_ids=[2], first=1)
-        tensor([[[0., 0., -inf],
-                 [0., 0., 0.]]])
-    """
-    T, V = logits.shape[-2:]
-    if first <= 0 or len(token_ids) == 0:
-        return logits
-    if min(token_ids) < 0 or max(token_ids) >= V:
-        raise ValueError(f"`token_ids` must lie between 0 and {V - 1}, but are {list(token_ids)}.")
-    forbidden = torch.zeros(T, V, dtype=torch.bool, device=logits.device)
-    forbidden[:first, list(token_ids)] = True
-    return logits.masked_fill(forbidden, -torch.inf)

@@ -30,7 +30,9 @@ def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
         tensor([[0],
                 [2]])
     """
-    blocks = pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (B, N, 256)
+    lacking = -probabilities.shape[-1] % BLOCK
+    whole = pad(probabilities, (0, lacking)) if lacking else probabilities  # `pad` copies in any case
+    blocks = whole.unflatten(-1, (-1, BLOCK))  # (B, N, 256)
     sums = blocks.sum(-1)
     block, rest = _passed(sums, uniform * sums.sum(-1, keepdim=True, dtype=torch.float64))
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..functional import SampledFrom, forbid_tokens, invert_cdf, response_mask
+from ..functional import SampledFrom, invert_cdf, response_mask
 from ..loaders import generator_for
 from .decoding import Decoding
 
@@ -43,6 +43,12 @@ class Sampling(NamedTuple):
             return SampledFrom(self.temperature)
         is_early = torch.arange(mask.shape[1], device=mask.device) < self.min_new_tokens
         return SampledFrom(self.temperature, self.eos_token_ids, is_early.expand_as(mask)[mask])
+
+    def of_step(self, step: int, rows: int, device: torch.device) -> SampledFrom:
+        """The distribution that response token number `step` of so many rows is from."""
+        if step >= self.min_new_tokens:
+            return SampledFrom(self.temperature)
+        return SampledFrom(self.temperature, self.eos_token_ids, torch.ones(rows, dtype=torch.bool, device=device))
 
 
 class Rollout(NamedTuple):
@@ -144,9 +150,8 @@ def _draw(logits: Tensor, step: int, sampling: Sampling, uniform: Tensor) -> tup
 
     One random number per sequence, instead of one per entry of the vocabulary as `torch.multinomial` draws.
     """
-    logits = forbid_tokens(logits.float(), sampling.eos_token_ids, sampling.min_new_tokens - step)
-    scaled = logits[:, 0] if sampling.temperature == 1.0 else logits[:, 0] / sampling.temperature
-    probabilities = scaled.softmax(-1)  # (B, V)
+    sampled_from = sampling.of_step(step, len(logits), logits.device)
+    probabilities = sampled_from.scaled(logits[:, 0], slice(None)).softmax(-1)  # (B, V)
     tokens = invert_cdf(probabilities, uniform)
     return tokens, probabilities.gather(1, tokens).log()
 

@@ -120,6 +120,22 @@ def test_bad_input():
         linear_logprobs(hidden, weight, TOKENS, SampledFrom(0.0))
     with pytest.raises(ValueError, match=r"`tokens` \(N,\), but have \(7, 5\) and \(6,\)"):
         linear_logprobs(hidden, weight, TOKENS[:6])
+    for forbidden in ((3, V), (-1,)):
+        with pytest.raises(ValueError, match="`forbidden` must lie between 0 and 10, but has"):
+            linear_logprobs(hidden, weight, TOKENS, SampledFrom(1.0, forbidden, EARLY))
+        with pytest.raises(ValueError, match="`forbidden` must lie between 0 and 10, but has"):
+            SampledFrom(1.0, forbidden, EARLY).constrain(hidden @ weight.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_logits_are_a_tensor_of_their_own(dtype):
+    logits = torch.arange(8.0, dtype=dtype).view(2, 4)
+    sampled_from = SampledFrom(0.5, (1, 3), torch.tensor([True, False, True]))
+    scaled = sampled_from.scaled(logits, slice(1, 3))  # rows 1 and 2 of three
+    assert scaled.dtype == torch.float32
+    assert scaled.tolist() == [[0, 2, 4, 6], [8, -torch.inf, 12, -torch.inf]]
+    assert logits.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert SampledFrom().scaled(logits, slice(0, 2)).data_ptr() != logits.data_ptr()
 
 
 def test_a_gpu_takes_a_block_at_once():

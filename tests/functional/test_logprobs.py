@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical
 from torch.testing import assert_close
 
-from lightning_rlhf.functional import entropy, forbid_tokens, token_logprobs
+from lightning_rlhf.functional import entropy, token_logprobs
 
 
 @pytest.fixture
@@ -101,34 +101,6 @@ def test_garbage_in_other_positions_changes_nothing(logits, tokens):
     assert_close(entropy(spoiled)[:, :2], entropy(logits[:, :2]))
 
 
-def test_forbid_tokens_golden():
-    logits = torch.arange(8.0).reshape(1, 2, 4)
-    expected = torch.tensor([[[0.0, -math.inf, 2.0, -math.inf], [4.0, 5.0, 6.0, 7.0]]])
-    assert_close(forbid_tokens(logits, [1, 3], first=1), expected)
-    assert_close(logits, torch.arange(8.0).reshape(1, 2, 4))  # a copy
-
-
-def test_forbidden_tokens_have_probability_0_and_the_rest_sum_to_1(logits):
-    probabilities = forbid_tokens(logits, [0, 2], first=2).softmax(-1)
-    assert not probabilities[:, :2, [0, 2]].any()
-    assert_close(probabilities[:, :2, [1, 3, 4]], logits[:, :2, [1, 3, 4]].softmax(-1))
-    assert_close(probabilities[:, 2], logits[:, 2].softmax(-1))
-
-
-def test_forbid_tokens_beyond_the_end_and_nowhere(logits):
-    assert forbid_tokens(logits, [1], first=99)[..., 1].isneginf().all()
-    for token_ids, first in [([], 3), ([1], 0), ([1], -2)]:
-        assert_close(forbid_tokens(logits, token_ids, first), logits)
-
-
-def test_forbidden_tokens_leave_a_finite_gradient(logits, tokens):
-    logits.requires_grad_()
-    forbidden = forbid_tokens(logits, [3], first=2)
-    (entropy(forbidden).sum() + token_logprobs(forbidden, tokens).sum()).backward()
-    assert logits.grad.isfinite().all()
-    assert not logits.grad[:, :2, 3].any()
-
-
 def test_wrong_arguments_are_refused(logits, tokens):
     with pytest.raises(ValueError, match=r"`tokens` must have.*\(2, 3\), but has \(2, 2\)"):
         token_logprobs(logits, tokens[:, :2])
@@ -136,5 +108,3 @@ def test_wrong_arguments_are_refused(logits, tokens):
         token_logprobs(logits, tokens, temperature=0.0)
     with pytest.raises(ValueError, match="`temperature` must be positive"):
         entropy(logits, temperature=-1.0)
-    with pytest.raises(ValueError, match="`token_ids` must lie between 0 and 4"):
-        forbid_tokens(logits, [5], first=1)

@@ -1,5 +1,6 @@
 """Memory of a process: what stays when it is freed, what goes back to the kernel, and what that changes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,26 @@ for _ in range(20):
     make_and_drop()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+PAGES = """
+import lightning_rlhf, lightning, torch
+tensor, start, end = torch.zeros(2**24), 0, 0  # 64 MiB, in a mapping of its own
+for line in open("/proc/self/smaps"):
+    first, *flags = line.split()
+    if ":" not in first:
+        start, end = (int(address, 16) for address in first.split("-"))
+    elif first == "VmFlags:" and start <= tensor.data_ptr() < end:
+        print("hg" in flags)  # huge pages are welcome
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without them")
+@pytest.mark.parametrize(("said", "expected"), [({}, "True"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "False")])
+def test_large_tensors_lie_on_large_pages(said, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | said
+    done = subprocess.run([sys.executable, "-c", PAGES], env=environment, capture_output=True, check=True, text=True)
+    assert done.stdout.split() == [expected]
 
 
 def test_a_block_that_was_freed_is_there_for_the_next():
