@@ -1,6 +1,7 @@
 """This project beside TRL: seconds per iteration and peak memory of the same training, in turn on the same machine.
 
-    python benchmarks/versus.py ppo                # also ppo_value_network, ppo_uneven, grpo, dpo, reward, sft, or all
+    python benchmarks/versus.py ppo                # also ppo_value_network, ppo_uneven, grpo, grpo_uneven, dpo, reward,
+                                                   # sft, or all
     python benchmarks/versus.py grpo_learning      # and seconds to the same reward
     python benchmarks/versus.py ppo_lora sft_lora  # this project alone: memory of PPO beside that of SFT
 
@@ -18,6 +19,7 @@ ppo_value_network: the same, ours with a value network too.
 ppo_uneven: 32 prompts, up to 128 new tokens by a model whose responses have some 25, most of them fewer; 4 passes in 4
     minibatches.
 grpo: 8 prompts with 8 responses of exactly 24 tokens, 4 passes in 4 minibatches, β = 0.04 in the loss, a Python reward.
+grpo_uneven: 4 prompts with 8 responses of up to 128 tokens, by the model of ppo_uneven.
 grpo_learning: 8 prompts with 4 responses, one pass, a learning rate at which the reward rises (bfloat16 weights do not
     move by much smaller steps); the table's second part has the seconds until both had the same mean reward (over three
     iterations), warm-up included.
@@ -76,6 +78,7 @@ CASES = {
     "ppo_value_network": Case("ppo", PPO_PEER, "prompts", 64, 64, 1e-6, 1, FIXED | {"value_network": True}),
     "ppo_uneven": Case("ppo", PPO_PEER, "ends", 32, 32, 1e-6, 1, UNEVEN),
     "grpo": Case("grpo", PEER, "prompts", 64, 8, 1e-6, 1, FIXED | {"group_size": 8}),
+    "grpo_uneven": Case("grpo", PEER, "ends", 32, 4, 1e-6, 1, UNEVEN | {"group_size": 8}),
     "dpo": Case("dpo", PEER, "pairs", 16, 16, 1e-6, 2, {}),
     "reward": Case("reward", PEER, "pairs", 16, 16, 1e-5, 2, {}),
     "sft": Case("sft", PEER, "texts", 16, 16, 1e-5, 2, {}),
