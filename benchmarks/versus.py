@@ -52,6 +52,7 @@ HERE = Path(__file__).parent
 OWN, PPO_PEER, PEER = "own", "trl-1.8.0", "trl-1.16.0"
 ACCELERATE = "accelerate==1.15.0"
 WARMUP = 1
+INHERITED = dict(os.environ)  # as it was: this project's import adds to it, which is none of a peer's
 
 
 class Case(NamedTuple):
@@ -129,7 +130,7 @@ def peer_path(peers: Path, peer: str) -> str:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
             subprocess.run([*pip, "--target", str(partial), requirement], check=True)
             partial.rename(folder)
-    inherited = os.environ.get("PYTHONPATH")
+    inherited = INHERITED.get("PYTHONPATH")
     return os.pathsep.join([*map(str, wanted), *([inherited] if inherited else [])])
 
 
@@ -140,7 +141,7 @@ def run(job: Job, repeat: int, results: Path, peers: Path) -> dict[str, Any]:
     if not out.exists():
         job_file, log_file = stem.with_name(f"{stem.name}.job"), stem.with_name(f"{stem.name}.log")
         job_file.write_text(json.dumps(asdict(job), indent=1))
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+        environment = INHERITED | {"OMP_NUM_THREADS": str(job.threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
         if job.side != OWN:
             environment["PYTHONPATH"] = peer_path(peers, job.side)
         worker = HERE / ("versus_own.py" if job.side == OWN else "versus_trl.py")

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -175,6 +176,18 @@ class TestOthers:
         assert [lap["reward"] for lap in record.laps] == [0.5, 0.0]
         own, peer = self.jobs(folder, "grpo_learning").values()
         assert own.steps == peer.steps == 2
+
+
+def test_what_this_project_sets_is_not_set_for_a_peer():
+    script = (
+        "import os, versus, versus_data; "
+        "print(*('THP_MEM_ALLOC_ENABLE' in known for known in (os.environ, versus.INHERITED)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", script]
+    folder = Path(versus.__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True, text=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 class TestJobs:
