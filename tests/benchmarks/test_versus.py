@@ -236,10 +236,12 @@ class TestJobs:
         assert {module.hparams.dtype for module in modules.values()} == {"bfloat16"}
         assert not any(module.hparams.compiled_layers for module in modules.values())
 
-    def test_uneven_responses_may_end_early(self):
-        settings = CASES["ppo_uneven"].settings
+    @pytest.mark.parametrize("name", ["ppo_uneven", "grpo_uneven"])
+    def test_uneven_responses_may_end_early(self, name):
+        settings = CASES[name].settings
         assert "min_new_tokens" not in settings
-        assert settings["passes"] * CASES["ppo_uneven"].rows // settings["minibatch"] == 16
+        assert settings["passes"] * CASES[name].rows // settings["minibatch"] == 16
+        assert CASES[name].rows == CASES[name].prompts * settings.get("group_size", 1)
 
 
 class TestPeers:
@@ -247,7 +249,7 @@ class TestPeers:
         for name in ("trl-1.8.0", "shared"):
             (tmp_path / name).mkdir()
         monkeypatch.setattr(versus.subprocess, "run", None)
-        monkeypatch.setenv("PYTHONPATH", "mine")
+        monkeypatch.setitem(versus.INHERITED, "PYTHONPATH", "mine")
         assert peer_path(tmp_path, "trl-1.8.0").split(os.pathsep) == [
             str(tmp_path / "trl-1.8.0"),
             str(tmp_path / "shared"),
