@@ -265,7 +265,7 @@ class TestPeers:
 
         (tmp_path / "shared").mkdir()
         monkeypatch.setattr(versus.subprocess, "run", run)
-        monkeypatch.delenv("PYTHONPATH", raising=False)
+        monkeypatch.delitem(versus.INHERITED, "PYTHONPATH", raising=False)
         path = peer_path(tmp_path, "trl-1.16.0")
         assert [command[-1] for command in commands] == ["trl==1.16.0"]
         assert "--no-deps" in commands[0]
