@@ -102,7 +102,10 @@ def linear_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):  # as `linear` would
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return TokenLikelihoods(*_LinearLogprobs.apply(hidden, weight, tokens, sampled_from, with_entropy))
+    # The backward needs probabilities, which take the place of the logits in their dtype: the gradient will be rounded
+    # to it, too. More than a block is computed again, and so is what the entropy's gradient needs.
+    keeps = torch.is_grad_enabled() and not with_entropy and len(hidden) * len(weight) <= BLOCK
+    return TokenLikelihoods(*_LinearLogprobs.apply(hidden, weight, tokens, sampled_from, with_entropy, keeps))
 
 
 def _slices(rows: int, width: int, budget: int) -> Iterator[slice]:
@@ -122,13 +125,16 @@ def _pieces(block: slice, logits: Tensor) -> Iterator[tuple[slice, slice]]:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, sampled_from: SampledFrom, with_entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        sampled_from: SampledFrom,
+        with_entropy: bool,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         N, V = len(hidden), len(weight)
         logprobs, entropy = hidden.new_zeros(2, N, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        # The backward needs probabilities, which take the place of the logits in their dtype: the gradient will be
-        # rounded to it, too. More than a block is computed again, and so is what the entropy's gradient needs.
-        keeps = N * V <= BLOCK and not with_entropy
         kept = None
         for block in _slices(N, V, BLOCK):
             logits = linear(hidden[block], weight)
@@ -172,7 +178,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 part = add_rows(part, tokens[block], own * hidden[block])
                 # Many blocks are added up in float32, as one product would be.
                 grad_weight = part if grad_weight is None else grad_weight.to(logprobs.dtype) + part
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _slopes(

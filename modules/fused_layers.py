@@ -50,6 +50,8 @@ class FusedNorm(nn.Module):
         """(..., H) -> (..., H)."""
         if hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
+        if not torch.is_grad_enabled():
+            return _rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -66,13 +68,19 @@ class FusedMLP(nn.Module):
         return _SwiGLU.apply(gate, up, down.weight.to(gate.dtype))  # autocast would do so
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and 1 / rms(x)."""
+    whole = x.to(torch.float32, copy=True)
+    scale = (whole.square().mean(-1, keepdim=True) + eps).rsqrt_()
+    return whole.mul_(scale).to(x.dtype) * weight, scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        whole = x.to(torch.float32, copy=True)
-        scale = (whole.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return whole.mul_(scale).to(x.dtype) * weight
+        return y
 
     @staticmethod
     @once_differentiable

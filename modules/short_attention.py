@@ -62,19 +62,22 @@ def step_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         mask: (B or 1, 1, 1, L), bool, or what is added to the products; None looks at all.
         scale: of the products.
     """
-    rows = max(1, CACHED // key[0].numel())
-    masks = [None] * len(key) if mask is None else mask.expand(len(key), -1, -1, -1).split(rows)
-    parts = zip(_grouped(query, key.shape[1]).split(rows), key.split(rows), value.split(rows), masks, strict=False)
+    grouped, rows = _grouped(query, key.shape[1]), max(1, CACHED // key[0].numel())
     with torch.autocast(query.device.type, enabled=False):
-        out = torch.cat([_attend(q, _upcast(k), _upcast(v), bias, scale) for q, k, v, bias in parts])
+        if len(key) <= rows:
+            out = _attend(grouped, key, value, mask, scale)
+        else:
+            masks = [None] * len(key) if mask is None else mask.expand(len(key), -1, -1, -1).split(rows)
+            parts = zip(grouped.split(rows), key.split(rows), value.split(rows), masks, strict=False)
+            out = torch.cat([_attend(*part, scale) for part in parts])
     return out.view(query.shape).to(query.dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    scores = (query @ key.transpose(-1, -2)).mul_(scale)
+    scores = (query @ _upcast(key).transpose(-1, -2)).mul_(scale)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    return scores.softmax(-1) @ value
+    return scores.softmax(-1) @ _upcast(value)
 
 
 def _upcast(x: Tensor) -> Tensor:
