@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ._shared import ends_epoch
+from .checkpoint import log_epoch
 
 
 class Preemption(L.Callback):
@@ -107,6 +108,7 @@ class _SaveAndStop(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_finished(trainer) and (number := self._agreed(trainer)):
+            log_epoch(trainer)  # which Lightning does only after this hook
             self._obey(trainer, number)
 
     def _agreed(self, trainer: L.Trainer) -> int:

@@ -82,6 +82,7 @@ class PPOModule(PolicyGradientModule):
     """
 
     experience_type = PPOExperience
+    has_values = True
 
     def __init__(
         self,

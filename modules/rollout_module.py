@@ -73,6 +73,7 @@ class RolloutModule(TextModule):
     """
 
     exported = "policy"
+    has_values = False  # then nobody asks for the hidden state after the last token
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class RolloutModule(TextModule):
         return TokenStatistics(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
     def _chunk_statistics(self, chunk: Rollout) -> TokenStatistics:
-        said = self.read(self.policy, chunk, with_entropy=True, to_the_end=True)
+        said = self.read(self.policy, chunk, with_entropy=True, to_the_end=self.has_values)
         values = self.values(chunk, said.hidden)  # (B, T + 1)
         value_after = values.gather(1, chunk.response_mask.sum(1, keepdim=True)).squeeze(1)
         with self.reference() as reference:
@@ -229,7 +230,10 @@ class RolloutModule(TextModule):
         return ResponseReading(logprobs, entropies, said.hidden[:, width - 1 :])
 
     def values(self, e: Experience | Rollout, hidden: Tensor) -> Tensor:
-        """(B, T + 1) values before each response token and after the last; methods without a value model have 0."""
+        """(B, T + 1) values before each response token and after the last; 0 without a value model.
+
+        A subclass that computes some sets `has_values`.
+        """
         return torch.zeros(hidden.shape[:2], device=hidden.device)
 
     # --- evaluation ------------------------------------------------------------------------------------------------

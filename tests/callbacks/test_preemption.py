@@ -1,5 +1,6 @@
 """SIGTERM at every kind of moment: what is saved, how the process ends, and that the run goes on as if nothing was."""
 
+import csv
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ class Regression(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.trace.append(("batch", self.current_epoch, batch_idx, batch.flatten().tolist()))
+        self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
         return (self.linear(torch.nn.functional.dropout(batch, 0.2)) - 2).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -183,6 +185,13 @@ class TestWhatIsSaved:
         fit(tmp_path, resume="last")
         assert load(tmp_path / "last-v1.ckpt")["global_step"] == 9
         assert not (tmp_path / "last-v2.ckpt").exists()
+
+    def test_the_epochs_figures_are_logged_before(self, tmp_path):
+        logger = CSVLogger(tmp_path, name="", version="")
+        _, _, code = fit(tmp_path, Kill("on_train_batch_start", batch=BATCHES - 1), logger=logger, log_every_n_steps=1)
+        assert code == 143
+        with (tmp_path / "metrics.csv").open() as file:
+            assert [float(row["batches"]) for row in csv.DictReader(file)] == [BATCHES]
 
 
 class TestSurroundings:

@@ -150,6 +150,16 @@ def test_experience_equals_its_restatement(grpo, fit, policy, plain, options):
         assert not torch.allclose(e.advantages, plain["e"].advantages, atol=1e-3)
 
 
+def test_scoring_reads_no_token_after_the_last_that_is_asked_for(grpo, fit):
+    module = fit(grpo(learning_rate=0.0))
+    e = experience_of(module)
+    rollout = Rollout(*(x[:1] for x in (*e[:4], e.response_mask.any(1), e.logprobs)))
+    embedding, read = module.policy.get_input_embeddings(), []
+    with embedding.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].numel())):
+        module.token_statistics(rollout)
+    assert read == [int(e.prompt_mask[0].sum() + e.response_mask[0].sum()) - 1]
+
+
 def test_relative_advantages_of_the_experience_sum_to_zero_in_each_group(grpo, fit):
     for advantage in (GroupNormalized(), GroupCentered(), LeaveOneOut()):
         e = experience_of(fit(grpo(learning_rate=0.0, advantage=advantage, kl_in="reward")))
