@@ -49,7 +49,7 @@ PROMPT_TOKENS = 8
 MEAN_LENGTH = 25.0
 """Tokens of a response by the model that ends early."""
 COMPLETION_TOKENS, TEXT_TOKENS, LINE_TOKENS = (20, 120), (20, 160), 32
-SAMPLED = 64
+SAMPLED = 256
 """Responses whose mean length is measured."""
 
 
